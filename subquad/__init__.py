@@ -1,0 +1,65 @@
+"""subquad: sub-quadratic attention for PyTorch, under one contract.
+
+>>> import subquad
+>>> subquad.mechanisms()                                         # name -> Card
+>>> module = subquad.attention("gla", heads=8, head_dim=64, hidden_size=512)
+>>> o = subquad.attend(q, k, v, "sliding-window", window=512)    # mechanisms without parameters
+>>> subquad.swap(model, "lolcats"); subquad.restore(model)       # in a pretrained model
+>>> subquad.distill(student, teacher, data)                      # teach it
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from subquad import mechanisms as _registered  # noqa: F401  importing it registers every mechanism
+from subquad._version import __version__
+from subquad.checks import InputError
+from subquad.contract import (
+    Attention,
+    Call,
+    Card,
+    Input,
+    Shape,
+    attend,
+    attention,
+    card,
+    mechanism,
+    mechanisms,
+    reference,
+    register,
+)
+from subquad.rotary import Rotary
+from subquad.state import State
+
+if TYPE_CHECKING:
+    from subquad.bench.report import Report
+    from subquad.convert.distill import distill
+    from subquad.convert.swap import restore, swap
+
+
+# What needs transformers, timm or matplotlib is imported when first asked for, so that `import subquad` stays fast.
+_LATER = {
+    "swap": "subquad.convert.swap",
+    "restore": "subquad.convert.swap",
+    "distill": "subquad.convert.distill",
+    "Report": "subquad.bench.report",
+}
+
+__all__ = [
+    "Attention", "Call", "Card", "Input", "InputError", "Report", "Rotary", "Shape", "State", "__version__", "attend", "attention",
+    "card", "distill", "mechanism", "mechanisms", "reference", "register", "restore", "swap",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        value = getattr(import_module(_LATER[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'subquad' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATER])

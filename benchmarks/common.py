@@ -1,0 +1,130 @@
+"""What every benchmark shares: where it ran, timers, and result files.
+
+Results are JSON under ``benchmarks/results/``, stamped with device, versions, commit and date. The tables of the
+README and of the docs are generated from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def cpu_name() -> str:
+    """The processor's name, as the operating system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device | str) -> str:
+    """``NVIDIA H100 80GB HBM3``, or the processor with the number of threads in use."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def slug(text: str) -> str:
+    """A name as it may stand in a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def commit() -> str:
+    """The checkout's commit, marked when tracked files differ from it; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", "subquad") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what the results depend on, where installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "timm", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found["torch"] = torch.__version__
+    return found
+
+
+def stamp(device: torch.device | str) -> dict[str, Any]:
+    """Where, when and with what a result was measured."""
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return {"device": device_name(device), "versions": versions(), "commit": commit(), "date": date, "command": " ".join(sys.argv)}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(part, path)
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and range of several timings, in milliseconds."""
+    ms = sorted(1000 * s for s in seconds)
+    return {"ms": round(statistics.median(ms), 4), "ms_min": round(ms[0], 4), "ms_max": round(ms[-1], 4)}
+
+
+def time_cpu(calls: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, dict[str, float]]:
+    """Time several calls in turns, so that a machine's other load falls on all of them alike."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - start)
+    return {name: spread(seconds) for name, seconds in taken.items()}
+
+
+def time_cuda(call: Callable[[], Any], budget: float = 0.3, most: int = 50) -> dict[str, float]:
+    """Time one call with CUDA events: warmed up, the second-level cache cleared before each, about `budget` seconds."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    count = max(5, min(most, int(budget / max(time.perf_counter() - start, 1e-6))))
+    flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")  # 256 MB, larger than any second-level cache
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for begin, end in events:
+        flush.zero_()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return spread([begin.elapsed_time(end) / 1000 for begin, end in events])
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference over the largest absolute value of `b`."""
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())

@@ -253,6 +253,8 @@ class Attention(nn.Module):
         check_cu_seqlens(cu_seqlens, q)
         if rotary is not None and (rotary.tokens != q.shape[1] or rotary.cos.shape[-1] > self.head_dim):
             raise InputError("rotary", f"cos {list(rotary.cos.shape)}", f"{q.shape[1]} tokens, at most {self.head_dim} wide")
+        if rotary is not None and rotary.cos.dim() == 3 and rotary.cos.shape[0] not in (1, q.shape[0]):
+            raise InputError("rotary", f"cos {list(rotary.cos.shape)}", f"one row, or a row for each of the {q.shape[0]} in the batch")
         if card.needs_grid:
             tokens = 1
             for side in grid or ():
@@ -271,6 +273,8 @@ class Attention(nn.Module):
             rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             if state.batch != rows:
                 raise InputError("state", f"batch size {state.batch}", f"{rows} rows")
+            if state.length.device != q.device:
+                raise InputError("state", f"on {state.length.device}", f"the device of q, {q.device}")
 
     def _inputs(self, q: Tensor, hidden: Tensor | None, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The extra inputs: passed in, or projected from `hidden`; checked against the card's shapes."""
@@ -289,9 +293,12 @@ class Attention(nn.Module):
             given = {**self.project(hidden), **given}
         sizes = {"B": q.shape[0], "N": q.shape[1], "H": self.heads, "Hs": self.kv_heads, "D": self.head_dim, "V": self.value_dim}
         for name, spec in known.items():
-            want = tuple(sizes[s] for s in spec.shape)
-            if tuple(given[name].shape) != want:
-                raise InputError(name, shape_of(given[name]), f"[{', '.join(spec.shape)}] = {list(want)}")
+            want, x = tuple(sizes[s] for s in spec.shape), given[name]
+            if not isinstance(x, Tensor) or tuple(x.shape) != want:
+                was = shape_of(x) if isinstance(x, Tensor) else type(x).__name__
+                raise InputError(name, was, f"[{', '.join(spec.shape)}] = {list(want)}")
+            if x.device != q.device:
+                raise InputError(name, shape_of(x), f"the device of q, {q.device}")
         return given
 
 

@@ -47,6 +47,8 @@ class State:
                 raise InputError(f"state.{name}", shape_of(x), f"batch size {length.shape[0]}")
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise InputError("state", f"one of {', '.join(self.tensors) or 'no tensors'}", f"a state of this mechanism, with {name}")
         return self.tensors[name]
 
     def __repr__(self) -> str:

@@ -1,0 +1,116 @@
+"""What a person types, read: mechanisms with options, layers, lists of lengths, dtypes, devices."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from subquad import contract
+from subquad.checks import InputError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mechanism and its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """As it is typed: ``sliding-window:window=64,sinks=4``."""
+        return self.name + (":" + ",".join(f"{k}={v}" for k, v in self.options.items()) if self.options else "")
+
+    @property
+    def folder(self) -> str:
+        """A file name for it."""
+        return re.sub(r"[^A-Za-z0-9.=_-]+", "_", self.label)
+
+
+def parse_choice(argument: str, text: str) -> Choice:
+    """``NAME`` or ``NAME:option=value,option=value``; the name and the options are checked.
+
+    >>> parse_choice("--to", "sliding-window:window=64,sinks=4").options
+    {'window': 64, 'sinks': 4}
+    """
+    name, _, rest = text.partition(":")
+    known = contract.mechanisms()
+    if name not in known:
+        raise nearest(argument, name, known, "mechanism")
+    defaults, options = contract.option_defaults(contract.mechanism(name)), {}
+    for part in _split(rest):
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(argument, repr(text), "NAME:option=value,option=value")
+        if option not in defaults:
+            raise nearest(argument, option, defaults, f"option of {name}")
+        options[option] = _value(value)
+    return Choice(name, options)
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside brackets."""
+    return [part.strip() for part in re.findall(r"(?:\([^)]*\)|\[[^\]]*\]|[^,])+", text) if part.strip()]
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def parse_layers(text: str) -> str | list[int]:
+    """``all``, a ratio ``3:1``, or indices and ranges ``0,2,4-7``."""
+    text = text.strip()
+    if text == "all" or re.fullmatch(r"\d+:\d+", text):
+        return text
+    indices: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise InputError("--layers", repr(text), "all, a ratio such as 3:1, or indices such as 0,2,4-7")
+        first = int(match[1])
+        indices += range(first, int(match[2] or first) + 1)
+    return sorted(set(indices))
+
+
+def integers(argument: str, text: str) -> list[int]:
+    """Positive integers separated by commas."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise InputError(argument, repr(text), "positive integers separated by commas")
+    return found
+
+
+def dtype_of(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise nearest("--dtype", name, DTYPES, "dtype")
+    return DTYPES[name]
+
+
+def pick_device(name: str | None) -> str:
+    """The device asked for, if it can be used; by default CUDA where there is one."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError("--device", repr(name), "cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError("--device", repr(name), "cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError("--device", repr(name), f"a device of this machine, which has {torch.cuda.device_count()} CUDA devices")
+    return name

@@ -1,0 +1,191 @@
+"""What a change of attention costs in quality: perplexity by strided windows, and key-value recall.
+
+    nll = − 1/T Σ_t log p(x_t | the tokens before it in its window),   ppl = exp(nll)
+
+Both work on any causal language model of transformers, swapped or not.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from subquad.bench.progress import bar
+from subquad.checks import InputError
+from subquad.models.text import windows
+
+_ROWS = 256  # logits rows per cross entropy: bounds the float32 copy of [rows, vocabulary]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean negative log-likelihood in nats per token, over `tokens` scored tokens in `windows` windows."""
+
+    nll: float
+    tokens: int
+    windows: int
+
+    @property
+    def ppl(self) -> float:
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any, tokens: Tensor, *, window: int = 1024, stride: int | None = None, limit: int | None = None, progress: bool = False
+) -> Perplexity:
+    """Perplexity of a causal language model on held-out tokens ``[T]``.
+
+    Args:
+        window: tokens the model sees at once.
+        stride: tokens between windows (default: `window`, no overlap); smaller gives every token more context.
+        limit: measure on the last `limit` windows only.
+
+    Raises:
+        InputError: fewer tokens than one window, or a window or stride that is not usable.
+    """
+    stride = window if stride is None else stride
+    spans = list(windows(tokens, window, stride))[-limit if limit else 0 :]
+    device, total, count = device_of(model), 0.0, 0
+    with evaluating(model), bar("perplexity", len(spans), show=progress) as advance:
+        for ids, scored in spans:
+            ids = ids.to(device)
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, -scored - 1 : -1]
+            total += _nll(logits, ids[-scored:])
+            count += scored
+            advance()
+    return Perplexity(total / count, count, len(spans))
+
+
+def _nll(logits: Tensor, targets: Tensor) -> float:
+    """Summed negative log-likelihood of targets ``[T]`` under logits ``[T, vocabulary]``, in float32 and double sums."""
+    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    parts = (F.cross_entropy(l.to(wide), t, reduction="none").double().sum() for l, t in zip(logits.split(_ROWS), targets.split(_ROWS)))
+    return float(sum(parts))
+
+
+def device_of(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+class evaluating:
+    """Put a model into evaluation mode, and back."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.training = model, model.training
+
+    def __enter__(self) -> Any:
+        return self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.training)
+
+
+# ---- key-value recall ----------------------------------------------------------------------------------------------
+
+_NAMES = (
+    "Ada", "Boris", "Clara", "David", "Elena", "Felix", "Grace", "Henry", "Irene", "Jacob", "Karen", "Louis", "Maria", "Nora",
+    "Oscar", "Paula", "Quentin", "Rosa", "Simon", "Teresa", "Victor", "Wanda",
+)  # fmt: skip
+_FILLER = (
+    "The morning was clear and the harbour quiet.", "A cart went slowly up the hill.", "Nobody in the street looked up.",
+    "Rain came in from the west before noon.", "The baker swept his step and went inside.", "Two boats lay idle at the quay.",
+    "Somewhere a bell rang and then stopped.", "The old road follows the river to the mill.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RecallPrompt:
+    """Pairs, then filler, then the question; `codes` holds every pair's number, `answer` the one asked for."""
+
+    pairs: str
+    filler: str
+    question: str
+    answer: str
+    codes: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return f"{self.pairs} {self.filler} {self.question}" if self.filler else f"{self.pairs} {self.question}"
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Shares of prompts answered: `exact` where greedy decoding writes the whole number, `ranked` where the right
+    number is likelier than those of the prompt's other pairs (chance is one in `pairs`)."""
+
+    exact: float
+    ranked: float
+    prompts: int
+    pairs: int
+    distance: int
+
+
+def recall_prompts(
+    prompts: int = 8, *, pairs: int = 4, distance: int = 256, seed: int = 0, count: Callable[[str], int] | None = None
+) -> list[RecallPrompt]:
+    """Prompts "The code of NAME is NUMBER." … filler … "The code of NAME is", the same for the same seed.
+
+    Args:
+        pairs: 2 … 9; the codes of one prompt differ in their first digit.
+        distance: least length of the filler between the pairs and the question.
+        count: length of a text (default: words); pass a tokenizer's for a distance in tokens.
+    """
+    if not 2 <= pairs <= 9:
+        raise InputError("pairs", pairs, "2 … 9")
+    length = count or (lambda text: len(text.split()))
+    made = []
+    for index in range(prompts):
+        pick = random.Random(f"{seed}/{index}")
+        names = pick.sample(_NAMES, pairs)
+        codes = tuple(f"{first}{pick.randrange(1000):03d}" for first in pick.sample(range(1, 10), pairs))
+        asked = pick.randrange(pairs)
+        filler = ""
+        while length(filler) < distance:
+            filler = f"{filler} {pick.choice(_FILLER)}".strip()
+        stated = " ".join(f"The code of {name} is {code}." for name, code in zip(names, codes))
+        made.append(RecallPrompt(stated, filler, f"The code of {names[asked]} is", codes[asked], codes))
+    return made
+
+
+@torch.no_grad()
+def recall(
+    model: Any, tokenizer: Any, *, prompts: int = 8, pairs: int = 4, distance: int = 256, seed: int = 0, progress: bool = False
+) -> Recall:
+    """Key-value recall: is a number stated `distance` tokens ago still known? One forward pass a prompt."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    exact = ranked = 0
+    made = recall_prompts(prompts, pairs=pairs, distance=distance, seed=seed, count=lambda text: len(encode(text)))
+    with evaluating(model), bar("recall", prompts, show=progress) as advance:
+        for prompt in made:
+            answers = {code: encode(f"{prompt.text} {code}") for code in prompt.codes}
+            right = answers[prompt.answer]
+            start = _common([*answers.values(), encode(prompt.text)])
+            logits = model(input_ids=torch.tensor([right], device=device_of(model)), use_cache=False).logits[0]
+            best = logits[start - 1 : -1].argmax(-1).tolist()
+            exact += best == right[start:]
+            fork = _common(list(answers.values()))  # the first place where the candidates differ
+            rivals = [ids[fork] for ids in answers.values()]
+            ranked += max(rivals, key=lambda token: float(logits[fork - 1, token])) == right[fork]
+            advance()
+    return Recall(exact / prompts, ranked / prompts, prompts, pairs, distance)
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common start."""
+    same = 0
+    for column in zip(*sequences):
+        if len(set(column)) > 1:
+            break
+        same += 1
+    return same

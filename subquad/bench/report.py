@@ -1,0 +1,226 @@
+"""Report: what every attention costs and keeps on one model and one text, as a table, as JSON and as a page.
+
+>>> report = Report.load("demo-out/report.json")
+>>> report.original.ppl, [(row.mechanism, row.distilled_steps, row.ppl) for row in report.rows]
+>>> report.print(); report.save("elsewhere")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from subquad.bench.speed import bytes_text
+from subquad.checks import InputError
+
+FORMAT = 1
+
+
+@dataclass
+class Row:
+    """One attention in the model. None is "not measured", except that rows without training have no `gap_closed`.
+
+    Args:
+        mechanism: as `--to` takes it; the unchanged model is "softmax (original)".
+        distilled_steps: steps of attention transfer before these numbers.
+        nll, ppl: nats per token and perplexity on the held-out text.
+        bytes_64k: bytes kept per sequence after 65,536 tokens, from the cards.
+        tokens_per_s, decode_ms: prefill speed and time per generated token at `speed_at` tokens of context.
+        ratio: perplexity over the original's.
+        gap_closed: share of the nats between untrained and original that distillation closed.
+        recall, recall_ranked: key-value recall, exact by greedy decoding, and ranked among the prompt's numbers.
+        layers: layers swapped, of how many.
+        flops: of a prefill of one window.
+        keeps: what it keeps per sequence at 65,536 tokens, in one sentence.
+        kept_bytes: length → bytes kept per sequence, from the cards; `measured_bytes` from real caches.
+        timings: measured prefill and decode times, a dictionary a length.
+        losses: the loss of every distillation step; `distill_seconds` what they took.
+        peak_memory: most bytes this process had held by the end of the row.
+    """
+
+    mechanism: str
+    distilled_steps: int = 0
+    nll: float | None = None
+    ppl: float | None = None
+    bytes_64k: int | None = None
+    tokens_per_s: float | None = None
+    decode_ms: float | None = None
+    speed_at: int | None = None
+    ratio: float | None = None
+    gap_closed: float | None = None
+    recall: float | None = None
+    recall_ranked: float | None = None
+    layers: str = ""
+    params: int | None = None
+    new_params: int | None = None
+    flops: float | None = None
+    keeps: str = ""
+    kept_bytes: dict[int, int] = field(default_factory=dict)
+    measured_bytes: dict[int, int] = field(default_factory=dict)
+    timings: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    distill_seconds: float | None = None
+    peak_memory: int | None = None
+    saved: str | None = None
+    sample: str | None = None
+
+    def __post_init__(self) -> None:  # JSON turns integer keys into strings
+        self.kept_bytes = {int(n): size for n, size in self.kept_bytes.items()}
+        self.measured_bytes = {int(n): size for n, size in self.measured_bytes.items()}
+
+    @property
+    def name(self) -> str:
+        return f"{self.mechanism}, {self.distilled_steps} steps" if self.distilled_steps else self.mechanism
+
+
+@dataclass
+class Report:
+    """Rows, the original first, and what they were measured on.
+
+    Args:
+        about: model, text, device, versions, commit, command and the like, in words.
+        notes: sentences on how to read the numbers.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    about: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def original(self) -> Row | None:
+        return self.rows[0] if self.rows else None
+
+    def compare(self) -> Report:
+        """Fill in each row's ratio to the original, and the share of the gap that distillation closed."""
+        first = self.original
+        for row in self.rows:
+            row.ratio = row.ppl / first.ppl if first and first.ppl and row.ppl else None
+            row.gap_closed = self._gap_closed(row)
+        return self
+
+    def _gap_closed(self, row: Row) -> float | None:
+        before = next((r for r in self.rows if r.mechanism == row.mechanism and not r.distilled_steps), None)
+        first = self.original
+        if not row.distilled_steps or before is None or first is None:
+            return None
+        if row.nll is None or before.nll is None or first.nll is None or before.nll == first.nll:
+            return None
+        return (before.nll - row.nll) / (before.nll - first.nll)
+
+    def verdicts(self) -> list[str]:
+        """Plain sentences: what distillation gained, and where an attention that was not trained does better."""
+        said = []
+        for row in self.rows:
+            if row.gap_closed is not None and row.ppl is not None:
+                before = next(r for r in self.rows if r.mechanism == row.mechanism and not r.distilled_steps)
+                said.append(
+                    f"{row.distilled_steps} steps of distillation bring {row.mechanism} from perplexity {before.ppl:.4g} to "
+                    f"{row.ppl:.4g}, {row.ratio:.3g}× the original's: {row.gap_closed:.1%} of the gap in nats is closed."
+                )
+        trained = [r for r in self.rows if r.distilled_steps and r.ppl is not None]
+        untrained = [r for r in self.rows[1:] if not r.distilled_steps and r.ppl is not None]
+        for row in trained:
+            for other in untrained:
+                if other.mechanism != row.mechanism and other.ppl < row.ppl:  # type: ignore[operator]
+                    said.append(
+                        f"On this text the untrained {other.mechanism} (perplexity {other.ppl:.4g}) does better than {row.name} of "
+                        f"distillation (perplexity {row.ppl:.4g})."
+                    )
+        return said
+
+    def keeps(self) -> list[str]:
+        """One sentence a row: what it keeps per sequence at 64k tokens."""
+        return [f"{row.name}: {row.keeps}" for row in self.rows if row.keeps]
+
+    # ---- as JSON ---------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **_finite(asdict(self))}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read `report.json`, or the folder that holds it."""
+        path = Path(path)
+        path = path / "report.json" if path.is_dir() else path
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+            if read.pop("format") != FORMAT:
+                raise ValueError("format")
+            return cls([Row(**row) for row in read.pop("rows")], **read)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError("report", path, f"a report.json written by subquad ({type(error).__name__})") from None
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `report.html`, then `report.json`, each whole or not at all; returns the folder."""
+        from subquad.bench.html import report_page
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "report.html", report_page(self))
+        write_whole(folder / "report.json", self.to_json())
+        return folder
+
+    # ---- in the terminal -------------------------------------------------------------------------------------------
+
+    def table(self) -> Table:
+        heads = [head for head, _ in COLUMNS]
+        table = Table(title=self.about.get("model", ""), title_justify="left", header_style="bold")
+        shown = [[text(row) for _, text in COLUMNS] for row in self.rows]
+        for index, head in enumerate(heads):
+            if index < 3 or any(line[index] not in ("", "–") for line in shown):
+                table.add_column(head, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
+            else:
+                shown = [[*line[:index], None, *line[index + 1 :]] for line in shown]  # type: ignore[list-item]
+        for line in shown:
+            table.add_row(*(cell for cell in line if cell is not None))
+        return table
+
+    def print(self, console: Console | None = None) -> None:
+        """The table, then the sentences."""
+        console = console or Console()
+        console.print(self.table())
+        for sentence in [*self.verdicts(), *self.keeps(), *self.notes]:
+            console.print(f"• {sentence}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _number(value: float | None, form: str = "{:.4g}", absent: str = "–") -> str:
+    return absent if value is None else form.format(value)
+
+
+COLUMNS = (
+    ("mechanism", lambda r: r.mechanism),
+    ("distilled_steps", lambda r: str(r.distilled_steps)),
+    ("layers", lambda r: r.layers),
+    ("nll", lambda r: _number(r.nll, "{:.4f}")),
+    ("ppl", lambda r: _number(r.ppl)),
+    ("ratio", lambda r: _number(r.ratio, "{:.3g}×")),
+    ("gap closed", lambda r: _number(r.gap_closed, "{:.1%}")),
+    ("recall", lambda r: _number(r.recall, "{:.0%}")),
+    ("bytes_64k", lambda r: "–" if r.bytes_64k is None else bytes_text(r.bytes_64k)),
+    ("tokens/s", lambda r: _number(r.tokens_per_s, "{:,.0f}")),
+    ("decode ms", lambda r: _number(r.decode_ms, "{:.3g}")),
+    ("params", lambda r: _number(r.params, "{:,}")),
+)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, never meets half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

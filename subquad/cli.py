@@ -1,0 +1,310 @@
+"""The command line: `subquad list | show | swap | bench | doctor`.
+
+Bad input of any kind is one line on standard error and exit status 2. What is heavy is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from subquad import contract
+from subquad._version import __version__
+from subquad.checks import InputError, nearest
+
+CAPABILITIES = ("causal", "bidirectional", "needs_grid", "recurrent", "training_free", "needs_hidden")
+
+
+class _Door(TyperGroup):
+    """Turns bad input, from wherever it was noticed, into one line and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            typer.echo(f"subquad: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Door, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+def main() -> None:
+    app(prog_name="subquad")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"subquad {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Sub-quadratic attention: look at mechanisms, put one into a model, and measure what it gains and loses."""
+
+
+# ---- list and show -------------------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_command(
+    family: Annotated[str | None, typer.Option(help=f"Only one family: {', '.join(contract.FAMILIES)}.")] = None,
+    can: Annotated[list[str] | None, typer.Option(help=f"Only what can: {', '.join(CAPABILITIES)}; repeat for several.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Every mechanism, by family.
+
+    Examples:
+
+      subquad list --family linear
+
+      subquad list --can causal --can recurrent --json
+    """
+    if family is not None and family not in contract.FAMILIES:
+        raise nearest("--family", family, contract.FAMILIES, "family")
+    for wish in can or []:
+        if wish not in CAPABILITIES:
+            raise nearest("--can", wish, CAPABILITIES, "capability")
+    cards = [c for c in contract.mechanisms().values() if family in (None, c.family) and all(getattr(c, wish) for wish in can or [])]
+    cards.sort(key=lambda c: (contract.FAMILIES.index(c.family), c.name))
+    if as_json:
+        typer.echo(json.dumps([_card_facts(c) for c in cards], indent=1, ensure_ascii=False))
+        return
+    table = Table(header_style="bold")
+    for head in ("name", "family", "can", "what it does"):
+        table.add_column(head, no_wrap=head == "name", overflow="fold")
+    for c in cards:
+        table.add_row(c.name, c.family, ", ".join(_abilities(c)), c.summary)
+    Console().print(table)
+
+
+def _abilities(card: contract.Card) -> list[str]:
+    return [name.replace("_", " ") for name in CAPABILITIES if getattr(card, name)]
+
+
+def _card_facts(card: contract.Card) -> dict[str, Any]:
+    names = ("name", "title", "paper", "family", "summary")
+    options = contract.option_defaults(contract.mechanism(card.name))
+    return {
+        **{name: getattr(card, name) for name in names},
+        **{name: bool(getattr(card, name)) for name in CAPABILITIES},
+        "inputs": {name: spec.doc for name, spec in card.inputs.items()},
+        "options": {
+            name: value if isinstance(value, (int, float, str, bool, type(None))) else repr(value) for name, value in options.items()
+        },
+        "keeps": card.keeps,
+    }
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A mechanism, as `subquad list` names it; options may follow: sliding-window:window=64.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Costs at this many tokens.")] = 65536,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = 3,
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """One mechanism: its card, options, costs at a shape, and how to use it.
+
+    Examples:
+
+      subquad show lolcats
+
+      subquad show sliding-window:window=64,sinks=4 --tokens 8192
+    """
+    from subquad.bench.choice import parse_choice
+    from subquad.bench.speed import Layer, bytes_text
+
+    choice = parse_choice("name", name)
+    made = contract.attention(choice.name, heads, head_dim, kv_heads=kv_heads, hidden_size=heads * head_dim, **choice.options)
+    card = made.card
+    layer = Layer(card, heads, kv_heads, head_dim, head_dim, made.options)
+    costs = {"flops": layer.cost("flops", tokens, 2), "bytes_moved": layer.cost("bytes_moved", tokens, 2)}
+    if card.state_bytes is not None:
+        costs["state_bytes"] = layer.cost("state_bytes", tokens, 2)
+    if as_json:
+        size = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "itemsize": 2}
+        typer.echo(json.dumps({**_card_facts(card), "shape": size, "costs": costs}, indent=1, ensure_ascii=False))
+        return
+    out = Console(highlight=False)
+    out.print(f"[bold]{card.name}[/]  {card.title}", soft_wrap=True)
+    out.print(card.summary, soft_wrap=True, markup=False)
+    out.print(f"\npaper    {card.paper}\nfamily   {card.family}\ncan      {', '.join(_abilities(card))}", soft_wrap=True, markup=False)
+    _listing(out, "options", [f"{key} = {value!r}" for key, value in made.options.items()])
+    _listing(out, "inputs", [f"{key}: {spec.doc}" for key, spec in card.inputs.items()])
+    out.print(
+        f"\nOne layer, one sequence of {tokens:,} tokens, {heads} heads ({kv_heads} of keys), head dim {head_dim}, 16-bit:", markup=False
+    )
+    out.print(f"  forward  {costs['flops'] / 1e9:.4g} GFLOP, moves {bytes_text(costs['bytes_moved'])}", markup=False)
+    if "state_bytes" in costs:
+        kept = card.kept(layer.shape(tokens, 2), **made.options)
+        out.print(f"  keeps    {bytes_text(costs['state_bytes'])}: {kept}", soft_wrap=True, markup=False)
+    out.print("\n" + _usage(choice.name, choice.options, card, heads, kv_heads, head_dim), markup=False, soft_wrap=True)
+
+
+def _listing(out: Console, title: str, lines: list[str]) -> None:
+    for index, line in enumerate(lines):
+        out.print(f"{'' if index else title:8} {line}", soft_wrap=True, markup=False)
+
+
+def _usage(name: str, options: dict[str, Any], card: contract.Card, heads: int, kv_heads: int, head_dim: int) -> str:
+    given = "".join(f", {key}={value!r}" for key, value in options.items())
+    hidden = f", hidden_size={heads * head_dim}" if card.needs_hidden else ""
+    call = "".join([", hidden=hidden" if card.needs_hidden else "", ", grid=(rows, columns)" if card.needs_grid else ""])
+    lines = [
+        "import subquad",
+        f'module = subquad.attention("{name}", heads={heads}, head_dim={head_dim}, kv_heads={kv_heads}{hidden}{given})',
+        f"o = module(q, k, v{call})  # q [B, N, {heads}, {head_dim}], k and v [B, N, {kv_heads}, {head_dim}]",
+    ]
+    if card.causal:
+        lines.append(f'subquad.swap(model, "{name}"{given})  # a pretrained language model')
+    return "\n".join(lines)
+
+
+# ---- swap ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def swap(
+    model: Annotated[str, typer.Argument(help="smollm2-135m (embedded), a local folder, or a hub id.")],
+    to: Annotated[list[str], typer.Option(help="A mechanism, with options: NAME:option=value,…; repeat for several.")],
+    layers: Annotated[str, typer.Option(help="all, a ratio (3:1: three swapped, one kept), or indices (0,2,4-7).")] = "all",
+    distill: Annotated[int, typer.Option(min=0, help="Steps of attention transfer for what has new parameters.")] = 0,
+    text: Annotated[list[Path] | None, typer.Option(help="Text files, to teach and to measure on (default: the embedded book).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report, distilled models and checkpoints.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window of held-out text.")] = 1024,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows (default: the window).")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows held out, at the end of the text.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a distillation step.")] = 1,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence of a distillation step.")] = 512,
+    lr: Annotated[float, typer.Option(help="Learning rate of the distillation.")] = 1e-2,
+    prompts: Annotated[int, typer.Option(min=0, help="Key-value recall prompts (0: none).")] = 8,
+    lengths: Annotated[str, typer.Option(help="Context lengths at which speed is measured.")] = "256,1024,2048",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of new parameters, data order and prompts.")] = 0,
+) -> None:
+    """Put cheaper attention into a model, teach it, and show before and after.
+
+    The same command, run again after an interruption, goes on where it stopped.
+
+    Examples:
+
+      subquad swap smollm2-135m --to sliding-window:window=64,sinks=4
+
+      subquad swap smollm2-135m --to lolcats --to gla --distill 200 --out runs/first
+
+      subquad swap ./my-llama --to lolcats --layers 3:1 --distill 500 --text corpus.txt --out runs/mine
+    """
+    from subquad.bench.choice import integers, parse_choice
+    from subquad.bench.job import Job, run_job
+
+    job = Job(
+        model=model, to=tuple(parse_choice("--to", one) for one in to), layers=layers, steps=distill,
+        text=tuple(str(path) for path in text or ()),
+        window=window, stride=stride, windows=windows, batch=batch, length=length, lr=lr, prompts=prompts,
+        lengths=tuple(integers("--lengths", lengths)), device=device, dtype=dtype, seed=seed,
+    )  # fmt: skip
+    report = run_job(job, out, command=_command(), progress=True)
+    report.print()
+    if out is None:
+        typer.echo("Nothing was written: name a folder with --out to keep the report and the models.")
+    else:
+        typer.echo(f"Report: {out / 'report.html'} and {out / 'report.json'}")
+
+
+def _command() -> str:
+    return shlex.join(["subquad", *sys.argv[1:]])
+
+
+# ---- bench and doctor ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Mechanisms, with options (default: every one that works on a sequence).")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Lengths, separated by commas.")] = "1024,2048,4096",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads (default: as many).")] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    backward: Annotated[bool, typer.Option("--backward", help="Also forward and backward together.")] = False,
+    budget: Annotated[float, typer.Option(min=0.0, help="Seconds to repeat each measurement for.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.html, with plots.")] = None,
+) -> None:
+    """Time and memory of mechanisms here, beside torch's own attention in the same run.
+
+    Examples:
+
+      subquad bench lightning gla sliding-window:window=512 --tokens 4096,8192,16384
+
+      subquad bench --backward --out runs/bench
+    """
+    from dataclasses import asdict
+
+    from subquad.bench.choice import dtype_of, integers, parse_choice, pick_device
+    from subquad.bench.html import BENCH_HEADS, bench_cells, bench_page
+    from subquad.bench.machine import commit, device_name, versions
+    from subquad.bench.mechanisms import bench as measure
+    from subquad.bench.report import write_whole
+
+    choices = [parse_choice("names", one) for one in names or [n for n, c in contract.mechanisms().items() if not c.needs_grid]]
+    where = pick_device(device)
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError("--out", out, "a folder")
+    points = measure(
+        [(c.name, c.options) for c in choices], integers("--tokens", tokens),
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, batch=batch,
+        device=where, dtype=dtype_of(dtype), backward=backward, budget=budget, progress=True,
+    )  # fmt: skip
+    about = {
+        "device": device_name(where), "dtype": dtype, "heads": f"{heads} ({kv_heads or heads} of keys), head dim {head_dim}, batch {batch}",
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()), "commit": commit() or "not in a checkout", "command": _command(),
+    }  # fmt: skip
+    table = Table(title=f"{about['device']}, {dtype}, {about['heads']}", title_justify="left", header_style="bold")
+    width = len(BENCH_HEADS) if backward else 5
+    for index, head in enumerate(BENCH_HEADS[:width]):
+        table.add_column(head, justify="right" if index else "left")
+    for point in points:
+        table.add_row(*bench_cells(point)[:width])
+    Console().print(table)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "bench.html", bench_page(points, about))
+        write_whole(out / "bench.json", json.dumps({"about": about, "points": [asdict(p) for p in points]}, indent=1) + "\n")
+        typer.echo(f"Plots: {out / 'bench.html'}; numbers: {out / 'bench.json'}")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can run, and why not."""
+    from subquad.bench.doctor import examine
+
+    marks = {"ok": "[green]ok[/]", "missing": "[yellow]–[/]", "broken": "[red]no[/]"}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in examine():
+        table.add_row(marks[finding.state], finding.name, f"{finding.found}{'; ' if finding.advice else ''}{finding.advice}")
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    main()

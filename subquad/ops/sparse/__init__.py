@@ -1,0 +1,100 @@
+"""Softmax attention over the keys that a layout names.
+
+    s_ij = softcap(scale · q_i·k_j) + b_ij + key_bias_j ,   j ∈ layout(i)
+    o_i  = Σ_j exp(s_ij − lse_i) v_j ,   lse_i = log Σ_j exp(s_ij)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.checks import InputError, check_cu_seqlens, check_qkv, shape_of
+from subquad.ops.sparse.bias import Bias, RelativeBias, check_bias
+from subquad.ops.sparse.chunked import sparse_attention_chunked
+from subquad.ops.sparse.layout import Layout
+from subquad.ops.sparse.reference import sparse_attention_reference
+
+__all__ = ["Bias", "Layout", "RelativeBias", "sparse_attention", "sparse_attention_reference"]
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    bias: Bias | None = None,
+    key_bias: Tensor | None = None,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    return_max: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Any:
+    """Softmax attention over the keys that `layout` names; work and memory follow the layout's density.
+
+    >>> o = sparse_attention(q, k, v, Layout.window(4096, 512))                       # [B, 4096, H, V]
+    >>> o, lse = sparse_attention(q, k, v, Layout.causal(4096), return_lse=True)      # lse [B, 4096, H]
+
+    Args:
+        q: ``[B, N, H, D]``.
+        k, v: ``[B, M, Hk, D]``, ``[B, M, Hv, V]``, M ≥ N; the head counts each divide the largest.
+        layout: N queries by M keys; its lists have 1 or B batch rows and a head count that divides H.
+        bias: added to the scaled scores; one of ALiBi slopes ``[H]`` (−slope·|p_i − p_j|), a dense ``[N, M]``,
+            ``[H, N, M]`` or ``[B, H, N, M]``, a pair of low-rank factors ``[B, N, H, R]``, ``[B, M, H, R]`` (their
+            product), or a `RelativeBias` table.
+        key_bias: ``[B, H, M]``, a log-weight per key; −inf hides the key.
+        q_pos, k_pos: ``[N]`` or ``[B, N]`` (M for keys) integer positions on which the layout's rule and the bias are
+            evaluated instead of indices; a key at a negative position is never seen.
+        scale: of q·k (default ``D ** -0.5``).
+        softcap: c·tanh(s / c) is applied to the scaled scores, before any bias.
+        return_lse, return_max: also return the log-sum-exp and the maximum of each row's scores, ``[B, N, H]``, float32
+            (float64 for float64); −inf for a row that sees no key, whose output is 0. Both are differentiable.
+        cu_seqlens: ``[S + 1]`` offsets of packed sequences (B = 1, M = N): rules hold within each sequence, whose
+            positions start at 0; block lists keep to pairs of one sequence.
+
+    Returns:
+        o ``[B, N, H, V]``, followed by lse and max where asked for.
+    """
+    heads = check_qkv(q, k, v, longer_keys=True)
+    _check(q, k, layout, heads, q_pos, k_pos, softcap, cu_seqlens)
+    check_bias(bias, key_bias, q, k, heads, softcap)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # the one place that chooses a path
+    o, lse, top = sparse_attention_chunked(
+        q, k, v, layout, bias=bias, key_bias=key_bias, q_pos=q_pos, k_pos=k_pos, scale=scale, softcap=softcap, cu_seqlens=cu_seqlens
+    )
+    extra = [x for x, wanted in ((lse, return_lse), (top, return_max)) if wanted]
+    return (o, *extra) if extra else o
+
+
+def _check(
+    q: Tensor, k: Tensor, layout: Layout, heads: int, q_pos: Tensor | None, k_pos: Tensor | None,
+    softcap: float | None, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    batch, n, m = q.shape[0], q.shape[1], k.shape[1]
+    if not isinstance(layout, Layout):
+        raise InputError("layout", type(layout).__name__, "a Layout")
+    if (layout.n, layout.m) != (n, m):
+        raise InputError("layout", f"{layout.n} queries and {layout.m} keys", f"{n} queries and {m} keys, as q and k have")
+    if layout.index is not None:
+        rows, lists = layout.index.shape[:2]
+        if rows not in (1, batch) or heads % lists:
+            raise InputError("layout", f"lists for {rows} batch rows and {lists} heads", f"1 or {batch} rows, a divisor of {heads} heads")
+        if layout.index.device != q.device:
+            raise InputError("layout", f"lists on {layout.index.device}", f"the device of q, {q.device}")
+    for name, x, tokens in (("q_pos", q_pos, n), ("k_pos", k_pos, m)):
+        if x is None:
+            continue
+        if x.is_floating_point() or x.dtype == torch.bool or tuple(x.shape) not in ((tokens,), (1, tokens), (batch, tokens)):
+            raise InputError(name, shape_of(x), f"integers [{tokens}] or [{batch}, {tokens}]")
+    if softcap is not None and not softcap > 0:
+        raise InputError("softcap", softcap, "a positive number")
+    check_cu_seqlens(cu_seqlens, q)
+    if cu_seqlens is not None and m != n:
+        raise InputError("k", shape_of(k), f"as many tokens as q, {n}, in packed input")

@@ -169,6 +169,10 @@ class Attention(nn.Module):
         """The options it was made with, defaults included."""
         return {name: getattr(self, name) for name in option_defaults(type(self))}
 
+    @property
+    def _sizes(self) -> str:
+        return f"{self.card.name}, {self.heads} heads ({self.kv_heads} of keys) of {self.head_dim}, values of {self.value_dim}"
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The mechanism itself: the output ``[B, N, H, V]``, and the tensors of the new state (None if not asked for)."""
         raise TypeError(f"{type(self).__name__} must define mix()")
@@ -225,7 +229,7 @@ class Attention(nn.Module):
             length = torch.full((q.shape[0],), q.shape[1], dtype=torch.long, device=q.device)
         else:
             length = call.cu_seqlens.diff().long()
-        new = State(tensors, length)
+        new = State(tensors, length, self._sizes)
         if old is None or not old.recording:
             return new
         if call.cu_seqlens is not None:
@@ -273,6 +277,8 @@ class Attention(nn.Module):
             rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             if state.batch != rows:
                 raise InputError("state", f"batch size {state.batch}", f"{rows} rows")
+            if state.origin not in ("", self._sizes):
+                raise InputError("state", f"that of {state.origin}", self._sizes)
             if state.length.device != q.device:
                 raise InputError("state", f"on {state.length.device}", f"the device of q, {q.device}")
 

@@ -35,11 +35,12 @@ class State:
     Args:
         tensors: each ``[B, …]``.
         length: ``[B]`` int64, tokens seen by each row.
+        origin: the mechanism and sizes it belongs to, in words; others refuse it.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], length: Tensor) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], length: Tensor, origin: str = "") -> None:
         self.tensors = dict(tensors)
-        self.length = length
+        self.length, self.origin = length, origin
         self.recording = False
         self.steps: tuple[Step, ...] = ()
         for name, x in self.tensors.items():
@@ -66,7 +67,7 @@ class State:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> State:
         """The same state with `change` applied to every batch-first tensor, the recording included."""
-        new = type(self)({name: change(x) for name, x in self.tensors.items()}, change(self.length))
+        new = type(self)({name: change(x) for name, x in self.tensors.items()}, change(self.length), self.origin)
         new.recording = self.recording
         new.steps = tuple(
             replace(s, before=s.before.map(change), inputs={n: change(x) for n, x in s.inputs.items()}) for s in self.steps
@@ -95,7 +96,7 @@ class State:
         after.recording = self.recording
         if not self.recording:
             return after
-        before = type(self)(self.tensors, self.length)
+        before = type(self)(self.tensors, self.length, self.origin)
         steps = self.steps
         last = steps[-1] if steps else None
         joined = next(iter(inputs.values())).shape[1] + (last.tokens if last else 0)
@@ -138,7 +139,7 @@ class State:
             state = last.replay(last.before, inputs)
             state.steps = (*steps[:-1], replace(last, inputs=inputs))
         else:
-            state = type(last.before)(last.before.tensors, last.before.length)
+            state = type(last.before)(last.before.tensors, last.before.length, last.before.origin)
             state.steps = tuple(steps[:-1])
         state.recording = self.recording
         return state
@@ -148,6 +149,5 @@ class State:
         """One batch of the rows of several states (recordings are dropped)."""
         first = states[0]
         names = first.tensors
-        return type(first)(
-            {name: torch.cat([s.tensors[name] for s in states]) for name in names}, torch.cat([s.length for s in states])
-        )
+        tensors = {name: torch.cat([s.tensors[name] for s in states]) for name in names}
+        return type(first)(tensors, torch.cat([s.length for s in states]), first.origin)

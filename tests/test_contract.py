@@ -179,7 +179,7 @@ def test_check_qkv_gives_the_head_count_and_lets_keys_be_longer():
     assert check_qkv(x["q"], x["k"], x["v"]) == 4
     assert check_qkv(x["k"], x["k"], x["q"]) == 4  # more value heads than query heads
     assert check_qkv(x["q"][:, 6:], x["k"], x["v"], longer_keys=True) == 4
-    with pytest.raises(InputError, match="q: got .* at most as many tokens as k, 6"):
+    with pytest.raises(InputError, match=r"q: got .* at most as many tokens as k, 6"):
         check_qkv(x["q"], x["k"][:, 4:], x["v"][:, 4:], longer_keys=True)
 
 
@@ -292,7 +292,8 @@ def test_states_that_do_not_fit(running_sum):
         State({"S": torch.zeros(2, 1)}, torch.tensor([1, 2, 3]))
     with pytest.raises(InputError, match="state: got one of S; expected a state of this mechanism, with sum"):
         make()(**x, state=State({"S": torch.zeros(2, 1)}, torch.tensor([1, 2])))
-    for bad in ({"sum": 0}, state.reorder(torch.tensor([0])), state.to("meta")):
+    foreign = State(state.tensors, state.length, "another mechanism")
+    for bad in ({"sum": 0}, state.reorder(torch.tensor([0])), state.to("meta"), foreign):
         with pytest.raises(InputError, match="state: got"):
             make()(**x, state=bad)
     running_sum.card = card(causal=False, bidirectional=True, inputs=running_sum.card.inputs)

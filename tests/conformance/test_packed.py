@@ -1,5 +1,7 @@
 """Packed sequences (`cu_seqlens`) equal separate ones: outputs, gradients, states, and what follows from them."""
 
+import itertools
+
 import pytest
 import torch
 from conformance.cases import DEVICE, Case, assert_all_close, assert_close, causal, every, gradients, split
@@ -42,7 +44,7 @@ def test_packed_gradients(case):
     ends = offsets(lengths).tolist()
 
     def alone(leaves):
-        return torch.cat([case.run(module, case.tokens(leaves, a, b)) for a, b in zip(ends, ends[1:])], 1)
+        return torch.cat([case.run(module, case.tokens(leaves, a, b)) for a, b in itertools.pairwise(ends)], 1)
 
     found = gradients(module, x, lambda leaves: packed(case, module, leaves, lengths))
     assert_all_close(found, gradients(module, x, alone), 1e-10, "gradient of")

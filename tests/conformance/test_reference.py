@@ -101,7 +101,7 @@ def test_half_precision_gradients(case, dtype):
     module = case.make(dtype)
     x = case.inputs(130, module, dtype=dtype)
     exact, single = case.twin(module, torch.float64), case.twin(module, torch.float32)
-    weight = torch.randn(x["q"].shape[:3] + (module.value_dim,), device=DEVICE).to(dtype)
+    weight = torch.randn((*x["q"].shape[:3], module.value_dim), device=DEVICE).to(dtype)
     expected = gradients(exact, double(x), lambda leaves: case.define(exact, leaves), weight)
     own = gradients(single, {name: t.float() for name, t in x.items()}, lambda leaves: case.define(single, leaves), weight)
     found = gradients(module, x, lambda leaves: case.run(module, leaves), weight)

@@ -31,6 +31,6 @@ class ToyRetention(Attention):
 def reference(module, q, k, v, rotary=None):
     q, k = rotate(rotary, q, k)
     k, v = (x.repeat_interleave(module.heads // module.kv_heads, 2) for x in (k, v))
-    t = torch.arange(q.shape[1], device=q.device)
+    t = torch.arange(q.shape[1], device=q.device, dtype=q.dtype)
     weights = (t[:, None] >= t) * torch.exp(-(t[:, None] - t) / 8)
-    return torch.einsum("bthd,bshd,hts,bshv->bthv", q, k, weights.to(q).expand(module.heads, -1, -1), v) / q.shape[-1] ** 0.5
+    return torch.einsum("bthd,bshd,hts,bshv->bthv", q, k, weights.expand(module.heads, -1, -1), v) / q.shape[-1] ** 0.5

@@ -67,13 +67,21 @@ def outermost(model: nn.Module) -> list[Attention]:
 
 
 def attention_layers(model: Any) -> list[Layer]:
-    """Every attention layer of a transformers decoder, swapped ones first."""
+    """Every attention layer of a transformers decoder, in order."""
     config = model.config.get_text_config()
-    swapped = [Layer(m.card, m.heads, m.kv_heads, m.head_dim, m.value_dim, m.options) for m in outermost(model)]
+    swapped = {m.layer[0]: Layer(m.card, m.heads, m.kv_heads, m.head_dim, m.value_dim, m.options) for m in outermost(model)}
+    return [swapped.get(index) or _kept_layer(config, index) for index in range(config.num_hidden_layers)]
+
+
+def _kept_layer(config: Any, index: int) -> Layer:
+    """A layer as transformers made it: softmax over all keys, or over a window where the configuration says so."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = Layer(contract.card("softmax"), heads, getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim, {})
-    return swapped + [kept] * (config.num_hidden_layers - len(swapped))
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window and (kinds is None or kinds[index] == "sliding_attention"):
+        return Layer(contract.card("sliding-window"), heads, kv_heads, head_dim, head_dim, {"window": window, "sinks": 0})
+    return Layer(contract.card("softmax"), heads, kv_heads, head_dim, head_dim, {})
 
 
 def itemsize_of(model: Any) -> int:

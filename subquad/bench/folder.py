@@ -1,0 +1,94 @@
+"""The output folder of a job: who may use it, the rows finished so far, and models saved whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from subquad.bench.report import Report, Row, write_whole
+from subquad.checks import InputError
+
+
+class Folder:
+    """An output folder, or none. Nothing is written before `begin`.
+
+    Args:
+        path: the folder; None keeps nothing.
+        identity: what makes two runs the same command.
+
+    Raises:
+        InputError: the folder exists and is neither empty nor an unfinished run of the same command.
+    """
+
+    def __init__(self, path: str | Path | None, identity: dict[str, Any], command: str = "") -> None:
+        self.path = None if path is None else Path(path)
+        self.identity, self.command = json.loads(json.dumps(identity)), command
+        if self.path is not None:
+            self._check(self.path)
+
+    def _check(self, path: Path) -> None:
+        should = "a folder that is new, empty, or an unfinished run of the same command"
+        if path.exists() and not path.is_dir():
+            raise InputError("--out", f"{path}, a file", should)
+        if not path.exists():
+            above = next(p for p in path.absolute().parents if p.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise InputError("--out", path, f"a folder that can be made ({above} cannot be written to)")
+            return
+        if not any(path.iterdir()):
+            return
+        if finished(path):
+            raise InputError("--out", f"{path}, a finished run", should)
+        try:
+            before = json.loads((path / "job.json").read_text(encoding="utf-8"))["job"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError("--out", f"{path}, which holds something else", should) from None
+        for key in {**before, **self.identity}:
+            if before.get(key) != self.identity.get(key):
+                was = f"{path}, an unfinished run with {key} = {before.get(key)}"
+                raise InputError("--out", was, f"{should} ({key} = {self.identity.get(key)})")
+
+    def begin(self) -> None:
+        if self.path is not None:
+            (self.path / "rows").mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / "job.json", json.dumps({"job": self.identity, "command": self.command}, indent=1) + "\n")
+
+    def load(self, name: str) -> Row | None:
+        """A row finished earlier."""
+        file = None if self.path is None else self.path / "rows" / f"{name}.json"
+        return Row(**json.loads(file.read_text(encoding="utf-8"))) if file is not None and file.exists() else None
+
+    def keep(self, name: str, row: Row) -> None:
+        if self.path is not None:
+            write_whole(self.path / "rows" / f"{name}.json", json.dumps(asdict(row)) + "\n")
+
+    def checkpoints(self, name: str) -> Path | None:
+        return None if self.path is None else self.path / "checkpoints" / name
+
+    def save_model(self, name: str, model: Any, tokenizer: Any) -> str | None:
+        """Save a model and its tokenizer to the subfolder `name`, which appears only when it is complete."""
+        if self.path is None:
+            return None
+        target, beside = self.path / name, self.path / f".{name}.partial"
+        for folder in (target, beside):
+            shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        os.replace(beside, target)
+        return name
+
+    def finish(self, report: Report) -> None:
+        """Write the report; what was only needed to go on is removed."""
+        if self.path is not None:
+            report.save(self.path)
+            for scratch in ("rows", "checkpoints"):
+                shutil.rmtree(self.path / scratch, ignore_errors=True)
+
+
+def finished(path: str | Path) -> bool:
+    """Whether a folder holds a job's report, which is written last."""
+    return (Path(path) / "job.json").exists() and (Path(path) / "report.json").exists()

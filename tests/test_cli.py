@@ -1,0 +1,130 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import subquad
+from subquad.cli import app
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(result, *parts):
+    """Exit status 2, one line on standard error, nothing on standard output, no traceback."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("subquad: ") and result.stdout == ""
+    for part in parts:
+        assert part in result.stderr
+    return True
+
+
+def test_version():
+    assert call("--version").stdout == f"subquad {subquad.__version__}\n"
+
+
+def test_list_knows_every_mechanism():
+    read = json.loads(call("list", "--json").stdout)
+    assert [c["name"] for c in read] != [] and {c["name"] for c in read} == set(subquad.mechanisms())
+    shown = call("list")
+    assert shown.exit_code == 0 and all(name in shown.stdout for name in subquad.mechanisms())
+
+
+def test_list_filters():
+    read = json.loads(call("list", "--family", "linear", "--can", "recurrent", "--json").stdout)
+    wanted = {name for name, card in subquad.mechanisms().items() if card.family == "linear" and card.recurrent}
+    assert {c["name"] for c in read} == wanted != set()
+    refused(call("list", "--family", "linaer"), "--family", "nearest: linear")
+    refused(call("list", "--can", "recurent"), "--can", "recurrent")
+
+
+@pytest.mark.parametrize("name", ["softmax", "sliding-window", "lolcats", "gla", "rala"])
+def test_show_has_the_card_options_and_costs(name):
+    card, shown = subquad.card(name), call("show", name, "--tokens", "4096")
+    assert shown.exit_code == 0
+    assert card.summary in shown.stdout and card.paper in shown.stdout and f'subquad.attention("{name}"' in shown.stdout
+    read = json.loads(call("show", name, "--tokens", "4096", "--json").stdout)
+    assert set(read["options"]) == set(subquad.attention(name, 2, 16, hidden_size=32).options)
+    assert read["costs"]["flops"] > 0 and ("state_bytes" in read["costs"]) == (card.state_bytes is not None)
+
+
+def test_show_takes_options():
+    def bytes_of(text):
+        return json.loads(call("show", text, "--json").stdout)["costs"]["state_bytes"]
+
+    assert bytes_of("sliding-window:window=128,sinks=0") == 2 * bytes_of("sliding-window:window=64,sinks=0")
+    refused(call("show", "sliding-windo"), "nearest: sliding-window")
+    refused(call("show", "sliding-window:windows=3"), "nearest: window")
+
+
+def test_usage_of_show_runs():
+    import re
+
+    shown = call("show", "sliding-window:window=8", "--heads", 4, "--kv-heads", 2, "--head-dim", 8).stdout
+    line = re.search(r"module = (subquad\.attention\(.*\))", shown)[1]
+    module = eval(line, {"subquad": subquad})
+    assert module.options["window"] == 8 and (module.heads, module.kv_heads, module.head_dim) == (4, 2, 8)
+
+
+def test_swap_before_and_after(folder, text, tmp_path):
+    out = tmp_path / "out"
+    arguments = [
+        "swap", folder, "--to", "sliding-window:window=8,sinks=2", "--to", "lolcats", "--layers", "1:1", "--distill", 2, "--text", text,
+        "--window", 64, "--windows", 2, "--length", 32, "--prompts", 0, "--lengths", "16,32", "--out", out,
+    ]  # fmt: skip
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [r["distilled_steps"] for r in rows] == [0, 0, 0, 2] and [r["layers"] for r in rows] == ["0 of 4", *["2 of 4"] * 3]
+    assert "report.html" in result.stdout and (out / "lolcats" / "model.safetensors").exists()
+    refused(call(*arguments), "--out", "a finished run")
+
+
+def test_swap_refuses_in_one_line(folder, text, tmp_path):
+    out = tmp_path / "out"
+    base = ["swap", folder, "--text", text, "--out", out, "--window", 64, "--windows", 1]
+    refused(call(*base, "--to", "lolcat"), "--to", "nearest: lolcats")
+    refused(call(*base, "--to", "rala"), "rala", "causal")
+    refused(call(*base, "--to", "sliding-window:windw=3"), "nearest: window")
+    refused(call("swap", tmp_path / "missing", "--to", "lolcats", "--text", text, "--out", out), "missing")
+    refused(call(*base[:-4], "--window", 4096, "--to", "lolcats"), "text", "2120 tokens")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in folder.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes()[: 500 if file.suffix == ".safetensors" else None])
+    refused(call("swap", damaged, *base[2:], "--to", "lolcats"), "damaged", "model.safetensors")
+    assert not out.exists()
+
+
+def test_bench_writes_numbers_and_plots(tmp_path):
+    result = call("bench", "sliding-window:window=16", "--tokens", "64,128", "--heads", 2, "--head-dim", 16, "--budget", 0.01, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    read = json.loads((tmp_path / "bench.json").read_text())
+    assert [(p["mechanism"], p["tokens"]) for p in read["points"]] == [
+        (name, n) for n in (64, 128) for name in ("torch sdpa", "sliding-window:window=16")
+    ]  # fmt: skip
+    assert {"device", "versions", "commit", "command"} <= read["about"].keys()
+    assert "<svg" in (tmp_path / "bench.html").read_text()
+    refused(call("bench", "softmax", "--tokens", "many"), "--tokens")
+    refused(call("bench", "softmax", "--dtype", "float31"), "--dtype", "float32")
+
+
+def test_doctor_says_what_runs():
+    result = call("doctor")
+    assert result.exit_code == 0 and "Traceback" not in result.output
+    for name in ("torch", "cuda", "triton", "transformers", "memory", "embedded model", "mechanisms run"):
+        assert name in result.stdout
+    total = len(subquad.mechanisms())
+    assert f"{total} of {total}, forward and backward" in result.stdout
+
+
+def test_a_broken_part_is_a_finding_not_a_traceback(monkeypatch):
+    from subquad.bench import doctor
+
+    def broken():
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(doctor, "_torch", broken)
+    found = doctor._safely(doctor._torch)
+    assert (found.state, found.found) == ("broken", "RuntimeError: two")

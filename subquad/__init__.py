@@ -30,6 +30,7 @@ from subquad.contract import (
     reference,
     register,
 )
+from subquad.convert import hook as _hook  # noqa: F401  importing it lets transformers load saved swapped models
 from subquad.rotary import Rotary
 from subquad.state import State
 

@@ -1,0 +1,278 @@
+"""swap and restore: replace the attention modules of a pretrained model in place, and put them back.
+
+>>> subquad.swap(model, "sliding-window", window=64, sinks=4)         # every layer
+>>> subquad.swap(model, "gla", layers="3:1")                          # three swapped, one kept, repeating
+>>> subquad.swap(model, None, layers={0: "lightning", -1: {"name": "sliding-window", "window": 128}})
+>>> model.generate(**inputs); model.save_pretrained("folder")         # work as before
+>>> subquad.restore(model)                                            # the original, exactly
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from subquad.checks import InputError
+from subquad.contract import Attention
+from subquad.convert.module import SwappedAttention, make
+from subquad.convert.plan import Plan, check_direction, plan, saved
+
+__all__ = ["SwappedAttention", "plan", "restore", "swap", "swapped"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module of a model: where it stands, and its sizes."""
+
+    path: str
+    module: Any
+
+    @property
+    def original(self) -> Any:
+        return self.module.original if isinstance(self.module, SwappedAttention) else self.module
+
+
+@dataclass(frozen=True)
+class Host:
+    """A model that can be swapped: its attention modules in order, and how one is replaced."""
+
+    model: Any
+    sites: list[Site]
+    causal: bool
+    sizes: Callable[[Any], dict[str, int]]  # of an original module
+    wrap: Callable[[Any, Attention, str], SwappedAttention]
+    family: Any = None  # of transformers
+    patches: nn.Module | None = None  # an encoder's patch projection
+
+
+def swap(model: Any, to: str | None = None, *, layers: Any = "all", **options: Any) -> Any:
+    """Replace the attention of a model's layers by a mechanism, in place; returns the model.
+
+    The projections, biases and query/key norms stay, under their own names. New parameters get the model's dtype and device.
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or Qwen3 model, a ViT or DeiT of transformers, or a VisionTransformer of timm.
+        to: a mechanism's name; None if `layers` maps each layer to one.
+        layers: "all", indices (negative ones from the end), a ratio such as "3:1" (three swapped, one kept, repeating), or a
+            mapping from layer to a name or to {"name": …, option: …}.
+        options: the mechanism's options.
+
+    Raises:
+        InputError: nothing has been changed then.
+    """
+    host = find_host(model)
+    wanted = plan(len(host.sites), to, layers, **options)
+    for index in wanted:
+        if isinstance(host.sites[index].module, SwappedAttention):
+            was = f"layer {index}, which is swapped to {host.sites[index].module.name!r} already"
+            raise InputError("layers", was, "layers that are not swapped; subquad.restore(model) first")
+    _install(host, _make_all(host, wanted))
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Put a swapped model's original attention modules, class and config class back, in place; returns the model.
+
+    Weights are shared with the swapped modules, so what was trained in the projections stays trained.
+    """
+    host = find_host(model)
+    if not swapped(model):
+        raise InputError("model", f"{type(model).__name__} without a swapped layer", "a model that subquad.swap changed")
+    for site in host.sites:
+        if isinstance(site.module, SwappedAttention):
+            _place(model, site.path, site.module.release())
+    if host.patches is not None:
+        from subquad.convert.encoder import forget_grid
+
+        forget_grid(host.patches)
+    for part in _classed_parts(host):
+        if hasattr(type(part), "plain"):
+            part.__class__ = type(part).plain
+    if host.family is not None:
+        model.config.__class__ = type(model.config).plain
+        del model.config.subquad
+    return model
+
+
+def swapped(model: nn.Module) -> dict[int, SwappedAttention]:
+    """The swapped modules of a model by layer, in order."""
+    try:
+        sites = find_host(model).sites
+    except InputError:
+        return {}
+    return {index: site.module for index, site in enumerate(sites) if isinstance(site.module, SwappedAttention)}
+
+
+def swap_as_saved(model: Any) -> None:
+    """Carry out the plan in a model's config, which is how a saved model is built again."""
+    layers = (getattr(model.config, "subquad", None) or {}).get("layers")
+    if layers and not swapped(model):
+        host = find_host(model)
+        _install(host, _make_all(host, plan(len(host.sites), None, layers)))
+
+
+def _make_all(host: Host, wanted: Plan) -> dict[int, SwappedAttention]:
+    """All replacements, before any of them is put in: an error leaves the model as it was."""
+    made = {}
+    for index, (name, options) in wanted.items():
+        site = host.sites[index]
+        options = check_direction(name, options, host.causal, type(host.model).__name__)
+        sizes = host.sizes(site.original)
+        mechanism = make(name, _weight(site.original), layer=(index, len(host.sites)), **sizes, **options)
+        made[index] = host.wrap(site.original, mechanism, site.path)
+    return made
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return next(module.parameters())
+
+
+def _install(host: Host, made: dict[int, SwappedAttention]) -> None:
+    model = host.model
+    if host.family is not None:
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+        maybe_install_capturing_hooks(_inner(host))  # on the originals, which must have them when they come back
+    if host.patches is not None:
+        from subquad.convert.encoder import watch_grid
+
+        watch_grid(host.patches)
+    for index, module in made.items():
+        _place(model, host.sites[index].path, module)
+    if host.family is not None:
+        _make_classes(host)
+
+
+def _make_classes(host: Host) -> None:
+    """Turn the model's classes and config into their swapped forms, and write the plan into the config."""
+    from subquad.convert.saving import swapped_class, switch_config
+
+    model, inside = host.model, swapped(host.model)
+    switch_config(model, [*model.modules(), *(module.original for module in inside.values())])
+    model.config.subquad = {"layers": saved({index: module.mechanism for index, module in inside.items()})}
+    for part in _classed_parts(host):
+        if not hasattr(type(part), "plain"):
+            part.__class__ = swapped_class(type(part))
+    _inner(host).all_swapped = len(inside) == len(host.sites)
+
+
+def _inner(host: Host) -> Any:
+    kind = host.family.part("Model")
+    return next(module for module in host.model.modules() if isinstance(module, kind))
+
+
+def _classed_parts(host: Host) -> list[Any]:
+    if host.family is None:
+        return []
+    inner = _inner(host)
+    return [host.model] if inner is host.model else [host.model, inner]
+
+
+def _place(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+# ---- which models can be swapped -----------------------------------------------------------------------------------
+
+
+def find_host(model: Any) -> Host:
+    """Find out whether and how a model can be swapped.
+
+    Raises:
+        InputError: it cannot; the message says which attention modules it has.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError("model", type(model).__name__, "a model of transformers or timm")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        method = getattr(model, "quantization_method", None) or "quantized"
+        raise InputError("model", f"{type(model).__name__}, quantized ({method})", "a model that is not quantized")
+    host = _transformers_host(model) if "transformers" in sys.modules else None
+    host = host or (_timm_host(model) if "timm" in sys.modules else None)
+    if host is None or not host.sites:
+        raise InputError("model", _description(model), "a Llama, Mistral, Qwen2, Qwen3, ViT or DeiT of transformers, or timm's VisionTransformer")
+    return host
+
+
+def _description(model: nn.Module) -> str:
+    counts: dict[str, int] = {}
+    for module in model.modules():
+        if re.search("attention|attn", type(module).__name__, re.IGNORECASE):
+            counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
+    found = ", ".join(f"{count} × {name}" for name, count in counts.items()) or "none"
+    return f"{type(model).__name__} (attention modules found: {found})"
+
+
+def _sites(model: nn.Module, kinds: tuple[type, ...]) -> list[Site]:
+    return [Site(path, module) for path, module in model.named_modules() if isinstance(module, (*kinds, SwappedAttention))]
+
+
+def _transformers_host(model: nn.Module) -> Host | None:
+    from subquad.convert.families import find_family
+
+    family = find_family(model)
+    if family is None or not isinstance(model, family.part("PreTrainedModel")):
+        return None
+    sites = _sites(model, (family.part("Attention"),))
+    if family.causal:
+        from subquad.convert.decoder import SwappedDecoderAttention
+
+        return Host(model, sites, True, _decoder_sizes, SwappedDecoderAttention, family)
+    return _vit_host(model, sites, family)
+
+
+def _decoder_sizes(original: Any) -> dict[str, int]:
+    config = original.config
+    return {
+        "heads": config.num_attention_heads, "head_dim": original.head_dim, "kv_heads": config.num_key_value_heads,
+        "hidden_size": config.hidden_size,
+    }  # fmt: skip
+
+
+def _vit_host(model: nn.Module, sites: list[Site], family: Any) -> Host:
+    from subquad.convert.encoder import SwappedViTAttention
+
+    embeddings = next(module for module in model.modules() if isinstance(module, family.part("Embeddings")))
+    prefix = embeddings.position_embeddings.shape[1] - embeddings.patch_embeddings.num_patches
+    patches = embeddings.patch_embeddings.projection
+
+    def sizes(original: Any) -> dict[str, int]:
+        return {"heads": original.num_attention_heads, "head_dim": original.head_dim, "hidden_size": original.config.hidden_size}
+
+    def wrap(original: Any, mechanism: Attention, path: str) -> SwappedAttention:
+        return SwappedViTAttention(original, mechanism, path, patches, prefix)
+
+    return Host(model, sites, False, sizes, wrap, family, patches)
+
+
+def _timm_host(model: Any) -> Host | None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    from subquad.convert.encoder import SwappedTimmAttention
+
+    if not isinstance(model, VisionTransformer):
+        return None
+    kind = _timm_attention()
+    patches = getattr(model.patch_embed, "proj", None)
+    sites = [site for site in _sites(model, (kind,)) if type(site.original) is kind and site.path.startswith("blocks.")]
+    if len(sites) != len(model.blocks) or not isinstance(patches, nn.Conv2d):
+        return None
+
+    def sizes(original: Any) -> dict[str, int]:
+        return {"heads": original.num_heads, "head_dim": original.head_dim, "hidden_size": original.qkv.in_features}
+
+    def wrap(original: Any, mechanism: Attention, path: str) -> SwappedAttention:
+        return SwappedTimmAttention(original, mechanism, path, patches, model.num_prefix_tokens)
+
+    return Host(model, sites, False, sizes, wrap, None, patches)
+
+
+def _timm_attention() -> type:
+    import timm.models.vision_transformer as vision
+
+    return vision.Attention

@@ -7,16 +7,12 @@ README and of the docs are generated from them.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from importlib import metadata
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,66 +20,28 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))  # a checkout that is not installed
+
+from subquad.bench.machine import commit, device_name, processor, versions  # noqa: E402
+from subquad.bench.report import write_whole  # noqa: E402
 
 
-def cpu_name() -> str:
-    """The processor's name, as the operating system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def device_name(device: torch.device | str) -> str:
-    """``NVIDIA H100 80GB HBM3``, or the processor with the number of threads in use."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def slug(text: str) -> str:
-    """A name as it may stand in a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def commit() -> str:
-    """The checkout's commit, marked when tracked files differ from it; empty outside a checkout."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", "subquad") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of what the results depend on, where installed."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "timm", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    found["torch"] = torch.__version__
-    return found
+def slug(device: torch.device | str) -> str:
+    """The device's name as it may stand in a file name."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor()
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def stamp(device: torch.device | str) -> dict[str, Any]:
     """Where, when and with what a result was measured."""
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {"device": device_name(device), "versions": versions(), "commit": commit(), "date": date, "command": " ".join(sys.argv)}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a result file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

@@ -25,14 +25,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import RESULTS, largest_difference, slug, stamp, time_cpu, write_json
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.common import RESULTS, cpu_name, largest_difference, slug, stamp, time_cpu, write_json  # noqa: E402
-from subquad.ops.delta import delta_rule  # noqa: E402
-from subquad.ops.linear import linear_attention  # noqa: E402
-from subquad.ops.sparse import Layout, sparse_attention  # noqa: E402
+from subquad.ops.delta import delta_rule
+from subquad.ops.linear import linear_attention
+from subquad.ops.sparse import Layout, sparse_attention
 
 WINDOW = 512
 TOLERANCE = 1e-4  # float32 form against the float64 definition, relative to the largest value
@@ -238,7 +236,7 @@ def main() -> int:
     }  # fmt: skip
     for table in result["tables"]:
         show(table)
-    path = args.out or RESULTS / f"cpu_forms-{slug(cpu_name())}.json"
+    path = args.out or RESULTS / f"cpu_forms-{slug('cpu')}.json"
     write_json(path, result)
     print(f"\nwritten to {path}")
     return 0

@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import RESULTS, ROOT, slug, stamp, time_cpu, time_cuda, write_json
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import subquad  # noqa: E402
-from benchmarks.common import RESULTS, ROOT, device_name, slug, stamp, time_cpu, time_cuda, write_json  # noqa: E402
+import subquad
+from subquad.bench.mechanisms import sides
 
 DTYPE = torch.bfloat16
 SHAPES = [(8, 2048, 16, 64), (4, 4096, 16, 128), (1, 16384, 16, 64)]  # batch, tokens, heads, head dim
@@ -130,7 +129,7 @@ def failure(error: BaseException) -> str:
 
 def tests(bench: Bench) -> dict[str, Any]:
     """The suite on this device, in a process of its own; kept: the closing line and what failed."""
-    paths = [str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "test_conformance.py", ROOT / "tests" / "ops") if p.exists()]
+    paths = [str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "conformance", ROOT / "tests" / "ops") if p.exists()]
     words = [sys.executable, "-m", "pytest", "-m", "not slow", "--tb=line", "-rf", *paths]
     if subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True).returncode == 0:
         words += ["-n", str(min(8, os.cpu_count() or 1))]
@@ -226,11 +225,6 @@ def extra_inputs(card: subquad.Card, module: subquad.Attention, batch: int, toke
     return made
 
 
-def grid_of(tokens: int) -> tuple[int, int]:
-    rows = 2 ** ((tokens.bit_length() - 1) // 2)
-    return rows, tokens // rows
-
-
 def mechanisms(bench: Bench) -> None:
     for shape in bench.shapes:
         b, n, h, d = shape
@@ -239,7 +233,7 @@ def mechanisms(bench: Bench) -> None:
         for name, card in subquad.mechanisms().items():
             torch.manual_seed(0)
             module = subquad.attention(name, h, d).to(bench.device, DTYPE)
-            fixed = {"grid": grid_of(n)} if card.needs_grid else {}
+            fixed = {"grid": sides(n)} if card.needs_grid else {}
             tensors = qkv(bench, shape) | extra_inputs(card, module, b, n, bench.device)
             add(name, *bench.measure(lambda module=module, fixed=fixed, **x: module(**x, **fixed), tensors))
 
@@ -281,7 +275,7 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is visible to PyTorch; --device cpu tries the script at tiny sizes", file=sys.stderr)
         return 2
-    path = args.out / f"gpu_check-{slug(device_name(args.device).split(',')[0])}.json"
+    path = args.out / f"gpu_check-{slug(args.device)}.json"
     bench = Bench(args.device, path)
     print(f"{bench.result['device']}, {bench.result['versions']}")
     for name in args.only:

@@ -262,6 +262,7 @@ def bench(
     from dataclasses import asdict
 
     from subquad.bench.choice import dtype_of, integers, parse_choice, pick_device
+    from subquad.bench.folder import check_place
     from subquad.bench.html import BENCH_HEADS, bench_cells, bench_page
     from subquad.bench.machine import commit, device_name, versions
     from subquad.bench.mechanisms import bench as measure
@@ -269,8 +270,8 @@ def bench(
 
     choices = [parse_choice("names", one) for one in names or [n for n, c in contract.mechanisms().items() if not c.needs_grid]]
     where = pick_device(device)
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError("--out", out, "a folder")
+    if out is not None:
+        check_place("--out", out)
     points = measure(
         [(c.name, c.options) for c in choices], integers("--tokens", tokens),
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, batch=batch,

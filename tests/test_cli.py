@@ -6,6 +6,8 @@ from typer.testing import CliRunner
 import subquad
 from subquad.cli import app
 
+pytest_plugins = ["bench.tiny"]  # the fixtures folder and text
+
 
 def call(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
@@ -98,7 +100,9 @@ def test_swap_refuses_in_one_line(folder, text, tmp_path):
 
 
 def test_bench_writes_numbers_and_plots(tmp_path):
-    result = call("bench", "sliding-window:window=16", "--tokens", "64,128", "--heads", 2, "--head-dim", 16, "--budget", 0.01, "--out", tmp_path)
+    result = call(
+        "bench", "sliding-window:window=16", "--tokens", "64,128", "--heads", 2, "--head-dim", 16, "--budget", 0.01, "--out", tmp_path
+    )
     assert result.exit_code == 0, result.output
     read = json.loads((tmp_path / "bench.json").read_text())
     assert [(p["mechanism"], p["tokens"]) for p in read["points"]] == [

@@ -32,12 +32,8 @@ class Folder:
 
     def _check(self, path: Path) -> None:
         should = "a folder that is new, empty, or an unfinished run of the same command"
-        if path.exists() and not path.is_dir():
-            raise InputError("--out", f"{path}, a file", should)
+        check_place("--out", path, should)
         if not path.exists():
-            above = next(p for p in path.absolute().parents if p.exists())
-            if not above.is_dir() or not os.access(above, os.W_OK):
-                raise InputError("--out", path, f"a folder that can be made ({above} cannot be written to)")
             return
         if not any(path.iterdir()):
             return
@@ -87,6 +83,15 @@ class Folder:
             report.save(self.path)
             for scratch in ("rows", "checkpoints"):
                 shutil.rmtree(self.path / scratch, ignore_errors=True)
+
+
+def check_place(argument: str, path: Path, should: str = "a folder") -> None:
+    """Check that a folder is there, or can be made."""
+    if path.exists() and not path.is_dir():
+        raise InputError(argument, f"{path}, a file", should)
+    above = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(argument, path, f"{should} ({above} cannot be written to)")
 
 
 def finished(path: str | Path) -> bool:

@@ -25,7 +25,8 @@ p, li { max-width:75ch; } .soft, figcaption { color:var(--soft); font-size:.9rem
 table { border-collapse:collapse; width:100%; font-size:.9rem; font-variant-numeric:tabular-nums; }
 th, td { padding:7px 10px; text-align:right; white-space:nowrap; border-bottom:1px solid var(--grid); }
 th { color:var(--soft); font-weight:600; } tr:last-child td { border-bottom:0; }
-th:first-child, td:first-child { text-align:left; position:sticky; left:0; background:var(--paper); }
+th:first-child, td:first-child { text-align:left; position:sticky; left:0; background:var(--paper);
+  white-space:normal; overflow-wrap:anywhere; min-width:8.5em; }
 .plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr)); gap:14px; }
 figure { margin:0; padding:12px; background:var(--panel); border-radius:8px; }
 figure h3 { font-size:1rem; margin:0 0 4px; } .legend { display:flex; flex-wrap:wrap; gap:2px 14px; margin:0 0 6px; font-size:.85rem; }
@@ -139,7 +140,7 @@ def report_figures(report: Report) -> str:
         for index, row in enumerate(report.rows)
         if row.ppl is not None and row.ppl < 1e30
     ]
-    seconds = Axis("seconds", log=10, text=lambda v: f"{v:g} s")
+    seconds = Axis("seconds", log=2, text=lambda v: f"{v:g} s")
     return (
         figure(
             "Memory against context length",
@@ -164,7 +165,7 @@ def report_figures(report: Report) -> str:
                 "Milliseconds per generated token against context length",
                 series("decode_ms"),
                 CONTEXT,
-                Axis("ms", text=lambda v: f"{v:g} ms"),
+                Axis("ms", zero=True, text=lambda v: f"{v:g} ms"),
             ),
             "Time per generated token after a prompt of that length, measured.",
             names,

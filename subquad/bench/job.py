@@ -8,7 +8,6 @@ run again after an interruption, goes on where it stopped.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import time
@@ -142,8 +141,7 @@ class _Run:
         if tokens.numel() < needed:
             what = f"{job.windows} held-out windows of {job.window}" + (f" and one batch of {job.length * job.batch}" if job.steps else "")
             raise InputError("text", f"{tokens.numel()} tokens", f"at least {needed} tokens: {what}")
-        train, self.held = split(tokens, job.held_out) if tokens.numel() > job.held_out else (tokens[:0], tokens)
-        self.train = train
+        self.train, self.held = split(tokens, job.held_out) if tokens.numel() > job.held_out else (tokens[:0], tokens)
 
     def swap(self, choice: Choice) -> None:
         from subquad.convert.swap import swap
@@ -211,7 +209,6 @@ class _Run:
                 self.model, self.tokenizer, prompts=job.prompts, distance=job.distance, seed=job.seed, progress=self.progress
             )
             row.recall, row.recall_ranked = known.exact, known.ranked
-        row.peak_memory = self._peak()
 
     def _time(self, row: Row) -> None:
         found = speed.timings(self.model, self.held, self.job.lengths, progress=self.progress)
@@ -219,38 +216,27 @@ class _Run:
         row.measured_bytes = {one.tokens: one.cache_bytes for one in found}
         at = next(one for one in found if one.tokens == self.job.speed_at)
         row.tokens_per_s, row.decode_ms = at.tokens_per_s, at.decode_ms
+        row.peak_memory = speed.prefill_memory(self.model, self.held, at.tokens)
 
     def _layers(self) -> str:
         return f"{len(speed.outermost(self.model))} of {len(speed.attention_layers(self.model))}"
 
-    def _peak(self) -> int | None:
-        return torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else machine.resident_peak()
-
     def _distilled(self, choice: Choice, before: Row) -> Row:
         """Teach the swapped model, measure it, save it, and let it write."""
         from subquad.convert.distill import distill
-        from subquad.models.text import Batches
 
         job = self.job
         self._say(f"distilling {choice.label}, {job.steps} steps of {job.batch} × {job.length} tokens")
-        teacher = self._teacher()
-        data = Batches(self.train, job.length, job.steps, job.seed, batch=job.batch)
-        begin = time.perf_counter()
-        result = distill(self.model, teacher, data, steps=job.steps, lr=job.lr, out=self.folder.checkpoints(choice.folder))
-        del teacher
+        result = distill(
+            self.model, self.model, self.train, steps=job.steps, lr=job.lr, batch=job.batch, length=job.length, seed=job.seed,
+            out=self.folder.checkpoints(choice.folder), progress=self.progress, take_finished=True,
+        )  # fmt: skip
         self._say(f"measuring {choice.label} after distillation")
-        row = replace(before, distilled_steps=job.steps, losses=list(result.losses), distill_seconds=time.perf_counter() - begin)
+        row = replace(before, distilled_steps=job.steps, losses=result.losses, distill_seconds=result.seconds)
         self._judge(row)
         row.saved = self.folder.save_model(choice.folder, self.model, self.tokenizer)
         row.sample = self._paragraph()
         return row
-
-    def _teacher(self) -> Any:
-        teacher = copy.deepcopy(self.model)
-        from subquad.convert.swap import restore
-
-        restore(teacher)
-        return teacher.eval()
 
     @torch.no_grad()
     def _paragraph(self) -> str:
@@ -285,8 +271,9 @@ class _Run:
         job = self.job
         measured = ", ".join(f"{n:,}" for n in job.lengths)
         notes = [
-            f"tokens/s (prefill) and decode ms are at {job.speed_at:,} tokens of context, one sequence; times were measured at {measured} "
-            "tokens, longer contexts were not measured. Speed does not depend on the weights, so it is measured once a mechanism.",
+            f"tokens/s (prefill), decode ms and prefill memory are at {job.speed_at:,} tokens of context, one sequence; times were "
+            f"measured at {measured} tokens, longer contexts were not measured. Speed does not depend on the weights, so it is "
+            "measured once a mechanism.",
             f"bytes_64k is computed from the mechanisms’ cards, as are the other lengths, except that real caches were measured at "
             f"{measured} tokens: {self._agreement()}.",
         ]

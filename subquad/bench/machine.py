@@ -60,16 +60,6 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def resident_peak() -> int | None:
-    """The most bytes this process has had in memory at once, from the operating system."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def synchronize(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -39,10 +39,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its label, whether it is logarithmic (and in which base its ticks stand), how a value is written."""
+    """One axis: its label, whether it is logarithmic (and in which base its ticks stand) or begins at zero, and how a
+    value is written."""
 
     label: str
     log: float | None = None
+    zero: bool = False
     text: Callable[[float], str] = lambda value: f"{value:g}"
 
     def ticks(self, low: float, high: float) -> list[float]:
@@ -51,6 +53,7 @@ class Axis:
             first, last = math.floor(math.log(low, self.log) + 1e-9), math.ceil(math.log(high, self.log) - 1e-9)
             step = max(1, math.ceil((last - first) / 5))
             return [self.log**power for power in range(first, max(last, first + 1) + step, step)]
+        low = min(low, 0.0) if self.zero else low
         width = _round_step((high - low) / 4 or abs(high) / 4 or 1.0)
         first, last = math.floor(low / width + 1e-9), math.ceil(high / width - 1e-9)
         return [index * width for index in range(first, max(last, first + 1) + 1)]

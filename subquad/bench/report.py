@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Row:
         kept_bytes: length → bytes kept per sequence, from the cards; `measured_bytes` from real caches.
         timings: measured prefill and decode times, a dictionary a length.
         losses: the loss of every distillation step; `distill_seconds` what they took.
-        peak_memory: most bytes this process had held by the end of the row.
+        peak_memory: most bytes that a prefill of `speed_at` tokens takes beyond the weights.
     """
 
     mechanism: str
@@ -169,23 +170,25 @@ class Report:
 
     # ---- in the terminal -------------------------------------------------------------------------------------------
 
-    def table(self) -> Table:
-        heads = [head for head, _ in COLUMNS]
-        table = Table(title=self.about.get("model", ""), title_justify="left", header_style="bold")
-        shown = [[text(row) for _, text in COLUMNS] for row in self.rows]
-        for index, head in enumerate(heads):
-            if index < 3 or any(line[index] not in ("", "–") for line in shown):
-                table.add_column(head, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
-            else:
-                shown = [[*line[:index], None, *line[index + 1 :]] for line in shown]  # type: ignore[list-item]
-        for line in shown:
-            table.add_row(*(cell for cell in line if cell is not None))
+    def table(self, names: Sequence[str] | None = None) -> Table:
+        """The rows as a table of some columns (default: all), without those in which nothing was measured."""
+        texts = {"row": lambda row: row.name, **dict(COLUMNS)}
+        columns = {name: [texts[name](row) for row in self.rows] for name in names or dict(COLUMNS)}
+        shown = [name for name, cells in columns.items() if name in ("row", *FIRST_COLUMNS) or any(cell != "–" for cell in cells)]
+        table = Table(header_style="bold")
+        for name in shown:
+            left = name in ("row", "mechanism")
+            table.add_column(name.replace(" ", "\n"), justify="left" if left else "right", no_wrap=not left, overflow="fold")
+        for index in range(len(self.rows)):
+            table.add_row(*(columns[name][index] for name in shown))
         return table
 
     def print(self, console: Console | None = None) -> None:
-        """The table, then the sentences."""
+        """The table (in two parts where the terminal is narrow), then the sentences."""
         console = console or Console()
-        console.print(self.table())
+        wide = console.width >= 130
+        for names in (None,) if wide else (FIRST_COLUMNS, ("row", *_REST)):
+            console.print(self.table(names))
         for sentence in [*self.verdicts(), *self.keeps(), *self.notes]:
             console.print(f"• {sentence}", highlight=False, soft_wrap=True, markup=False)
 
@@ -206,8 +209,13 @@ COLUMNS = (
     ("bytes_64k", lambda r: "–" if r.bytes_64k is None else bytes_text(r.bytes_64k)),
     ("tokens/s", lambda r: _number(r.tokens_per_s, "{:,.0f}")),
     ("decode ms", lambda r: _number(r.decode_ms, "{:.3g}")),
-    ("params", lambda r: _number(r.params, "{:,}")),
+    ("prefill memory", lambda r: "–" if r.peak_memory is None else bytes_text(r.peak_memory)),
+    ("params", lambda r: "–" if r.params is None else f"{r.params / 1e6:.4g} M"),
 )
+
+
+FIRST_COLUMNS = ("mechanism", "distilled_steps", "nll", "ppl", "bytes_64k", "tokens/s")
+_REST = tuple(name for name, _ in COLUMNS if name not in FIRST_COLUMNS)
 
 
 def _finite(value: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad import contract
-from subquad.bench.machine import synchronize
+from subquad.bench.machine import peak_bytes, synchronize
 from subquad.bench.progress import bar
 from subquad.bench.quality import device_of, evaluating
 from subquad.contract import Attention, Card, Shape
@@ -165,6 +165,15 @@ def timings(
             size = cache_bytes(out.past_key_values)
             found.append(Timing(length, best, _decode_ms(model, out, decoded), decoded, size))
     return found
+
+
+@torch.no_grad()
+def prefill_memory(model: Any, tokens: Tensor, length: int) -> int:
+    """The most bytes that reading a prompt takes beyond the weights: activations and what is kept."""
+    device = device_of(model)
+    ids = _cut(tokens, length).to(device)
+    with evaluating(model):
+        return peak_bytes(lambda: _prefill(model, ids), device)
 
 
 def _cut(tokens: Tensor, length: int) -> Tensor:

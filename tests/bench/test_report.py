@@ -8,15 +8,17 @@ import pytest
 from rich.console import Console
 
 from subquad import InputError, Report
-from subquad.bench.mechanisms import Point
 from subquad.bench.html import bench_page, report_page
+from subquad.bench.mechanisms import Point
 from subquad.bench.plots import Axis, Dot, Series, dots, lines
 from subquad.bench.report import Row
 
 
 def four_rows():
     def row(mechanism, nll, steps=0, **rest):
-        return Row(mechanism, steps, nll, math.exp(nll), bytes_64k=1000, tokens_per_s=10.0, layers="4 of 4", keeps=f"It keeps {mechanism}.", **rest)
+        return Row(
+            mechanism, steps, nll, math.exp(nll), bytes_64k=1000, tokens_per_s=10.0, layers="4 of 4", keeps=f"It keeps {mechanism}.", **rest
+        )
 
     times = [{"tokens": 256, "prefill_s": 0.5, "decode_ms": 3.0}, {"tokens": 512, "prefill_s": 1.1, "decode_ms": 3.1}]
     sizes = {"kept_bytes": {256: 100, 512: 200, 65536: 25600}, "measured_bytes": {256: 100, 512: 200}, "timings": times}
@@ -63,7 +65,7 @@ def test_numbers_that_are_not_finite_are_not_measured():
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 1, "rows": [{"unknown": 1}], "about": {}, "notes": []}'])
 def test_a_damaged_report_is_bad_input(tmp_path, content):
     (tmp_path / "report.json").write_text(content)
-    with pytest.raises(InputError, match="report: got .*expected a report.json"):
+    with pytest.raises(InputError, match=r"report: got .*expected a report.json"):
         Report.load(tmp_path)
 
 

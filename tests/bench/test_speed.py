@@ -10,7 +10,6 @@ from subquad.bench.mechanisms import BASELINE, bench, sides
 from subquad.checks import InputError
 
 
-
 def counted(cache):
     """Bytes of every distinct tensor reachable from a cache's layers, found without asking the cache."""
     found = {}
@@ -39,7 +38,9 @@ def test_softmax_keeps_keys_and_values(llama):
     assert found[0].tokens_per_s == 64 / found[0].prefill_s > 0 and found[0].decode_ms > 0
 
 
-@pytest.mark.parametrize("name, options", [("sliding-window", {"window": 16, "sinks": 2}), ("lolcats", {}), ("lightning", {}), ("deltanet", {})])
+@pytest.mark.parametrize(
+    "name, options", [("sliding-window", {"window": 16, "sinks": 2}), ("lolcats", {}), ("lightning", {}), ("deltanet", {})]
+)
 def test_the_cards_bytes_are_those_of_a_real_cache(llama, name, options):
     subquad.swap(llama, name, layers=[0, 2, 3], **options)
     with torch.no_grad():
@@ -103,7 +104,7 @@ def test_bench_measures_beside_torch_in_the_same_run():
 
 def test_bench_makes_grids_as_square_as_they_get():
     assert [sides(n) for n in (64, 48, 7, 1)] == [(8, 8), (6, 8), (1, 7), (1, 1)]
-    (base, rala) = bench([("rala", {})], [36], heads=2, head_dim=16, budget=0.01)
+    (_, rala) = bench([("rala", {})], [36], heads=2, head_dim=16, budget=0.01)
     assert rala.error is None and rala.forward_ms > 0
 
 
@@ -122,9 +123,13 @@ def test_a_choice_is_read_and_written_alike():
     assert [parse_layers(t) for t in ("all", "3:1", "0,4-6,2")] == ["all", "3:1", [0, 2, 4, 5, 6]]
     assert integers("--tokens", "1,22") == [1, 22]
     for call, part in (
-        (lambda: parse_choice("--to", "slidin-window"), "nearest: sliding-window"), (lambda: parse_choice("--to", "sliding-window:windw=3"), "nearest: window"),
-        (lambda: parse_choice("--to", "sliding-window:64"), "NAME:option=value"), (lambda: parse_layers("some"), "--layers: got 'some'"),
-        (lambda: integers("--tokens", "1,x"), "positive integers"), (lambda: pick_device("cuda:9"), "--device"), (lambda: pick_device("tpu"), "cpu or cuda"),
-    ):  # fmt: skip
+        (lambda: parse_choice("--to", "slidin-window"), "nearest: sliding-window"),
+        (lambda: parse_choice("--to", "sliding-window:windw=3"), "nearest: window"),
+        (lambda: parse_choice("--to", "sliding-window:64"), "NAME:option=value"),
+        (lambda: parse_layers("some"), "--layers: got 'some'"),
+        (lambda: integers("--tokens", "1,x"), "positive integers"),
+        (lambda: pick_device("cuda:9"), "--device"),
+        (lambda: pick_device("tpu"), "cpu or cuda"),
+    ):
         with pytest.raises(InputError, match=part):
             call()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from subquad.checks import InputError
@@ -179,11 +179,11 @@ class SubquadCache(Cache):
         model: a swapped model of transformers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         from subquad.convert.swap import swapped  # swap imports this file's users
 
         inside = swapped(model)
-        kept = DynamicCache(config=model.config).layers
+        kept: list[Any] = DynamicCache(config=model.config).layers
         super().__init__(layers=[StateLayer() if index in inside else layer for index, layer in enumerate(kept)])
 
     @property
@@ -191,10 +191,9 @@ class SubquadCache(Cache):
         """Bytes kept, for the whole batch."""
         total = 0
         for layer in self.layers:
-            if isinstance(layer, StateLayer):
-                total += layer.nbytes
-            elif layer.is_initialized:
-                total += sum(x.numel() * x.element_size() for x in (layer.keys, layer.values) if x is not None)
+            kept = () if isinstance(layer, StateLayer) else (getattr(layer, "keys", None), getattr(layer, "values", None))
+            total += layer.nbytes if isinstance(layer, StateLayer) else 0
+            total += sum(x.numel() * x.element_size() for x in kept if x is not None)
         return total
 
     def state_layer(self, index: int) -> StateLayer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from subquad.checks import InputError, shape_of
 from subquad.convert.cache import SubquadCache, Tokens, check_cache
@@ -20,10 +20,10 @@ from subquad.rotary import Rotary
 class Padding(NamedTuple):
     """Where the real tokens of a padded batch are.
 
-    index: ``[total]``, their places in the flattened ``[B·N]``. cu_seqlens: ``[S + 1]``, their offsets by sequence.
+    places: ``[total]``, where they are in the flattened ``[B·N]``. cu_seqlens: ``[S + 1]``, their offsets by sequence.
     """
 
-    index: Tensor
+    places: Tensor
     cu_seqlens: Tensor
 
     @staticmethod
@@ -34,16 +34,23 @@ class Padding(NamedTuple):
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, N, …]`` to ``[1, total, …]``."""
-        return x.flatten(0, 1).index_select(0, self.index)[None]
+        return x.flatten(0, 1).index_select(0, self.places)[None]
 
     def unpack(self, x: Tensor, batch: int, tokens: int) -> Tensor:
         """``[1, total, …]`` to ``[B, N, …]``, zero at padding."""
-        flat = x.new_zeros(batch * tokens, *x.shape[2:]).index_copy(0, self.index, x[0])
+        flat = x.new_zeros(batch * tokens, *x.shape[2:]).index_copy(0, self.places, x[0])
         return flat.unflatten(0, (batch, tokens))
 
 
 class SwappedDecoderAttention(SwappedAttention):
     """A decoder's `self_attn` with a causal mechanism."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module  # if the family has them
+    k_norm: nn.Module
 
     def __init__(self, original: Any, mechanism: Any, path: str) -> None:
         super().__init__(original, mechanism, path)

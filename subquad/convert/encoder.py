@@ -28,8 +28,9 @@ def watch_grid(projection: nn.Module) -> None:
 def forget_grid(projection: nn.Module) -> None:
     """Undo `watch_grid`."""
     if hasattr(projection, "subquad_watch"):
-        projection.subquad_watch.remove()  # type: ignore[operator]
-        del projection.subquad_watch
+        projection.subquad_watch.remove()  # type: ignore[union-attr,operator]
+        for name in ("subquad_watch", "subquad_grid"):
+            projection.__dict__.pop(name, None)
 
 
 def _note_grid(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -78,6 +79,11 @@ class SwappedEncoderAttention(SwappedAttention):
 class SwappedViTAttention(SwappedEncoderAttention):
     """`attention` of transformers' ViT and DeiT layers."""
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
         return self.o_proj(self.heads_output(hidden_states, attention_mask, **kwargs)), None
 
@@ -93,6 +99,13 @@ class SwappedTimmAttention(SwappedEncoderAttention):
     """`attn` of timm's VisionTransformer blocks: fused projection, optional query/key norms, output norm and gate."""
 
     projection = "proj"
+    qkv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    norm: nn.Module  # of the output; older versions have none
+    gate: nn.Module  # if the model has one
+    proj: nn.Module
+    proj_drop: nn.Module
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return self.proj_drop(self.proj(self.heads_output(x, attn_mask, is_causal)))
@@ -105,6 +118,6 @@ class SwappedTimmAttention(SwappedEncoderAttention):
         o = self.mix(x, q, k, v)
         if hasattr(self, "norm"):
             o = self.norm(o)
-        if getattr(self, "gate", None) is not None:
+        if hasattr(self, "gate"):
             o = o * self.gate(x).sigmoid()
         return o

@@ -16,7 +16,7 @@ from transformers.utils import output_capturing
 
 from subquad.checks import InputError
 from subquad.convert.decoder import DecoderModel, Generation
-from subquad.convert.families import FAMILIES, Family, family_of
+from subquad.convert.families import FAMILIES, family_of
 
 _AUTO_CLASSES = (
     "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification",

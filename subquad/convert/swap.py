@@ -90,12 +90,8 @@ def restore(model: Any) -> Any:
         from subquad.convert.encoder import forget_grid
 
         forget_grid(host.patches)
-    for part in _classed_parts(host):
-        if hasattr(type(part), "plain"):
-            part.__class__ = type(part).plain
     if host.family is not None:
-        model.config.__class__ = type(model.config).plain
-        del model.config.subquad
+        _restore_classes(host)
     return model
 
 
@@ -134,10 +130,6 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _install(host: Host, made: dict[int, SwappedAttention]) -> None:
     model = host.model
-    if host.family is not None:
-        from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
-        maybe_install_capturing_hooks(_inner(host))  # on the originals, which must have them when they come back
     if host.patches is not None:
         from subquad.convert.encoder import watch_grid
 
@@ -159,6 +151,22 @@ def _make_classes(host: Host) -> None:
         if not hasattr(type(part), "plain"):
             part.__class__ = swapped_class(type(part))
     _inner(host).all_swapped = len(inside) == len(host.sites)
+
+
+def _restore_classes(host: Host) -> None:
+    for part in _classed_parts(host):
+        if hasattr(type(part), "plain"):
+            part.__class__ = type(part).plain
+    host.model.config.__class__ = type(host.model.config).plain
+    del host.model.config.subquad
+    inner = _inner(host)
+    del inner.all_swapped
+    # Modules swapped out when transformers hooked all others to record attentions have no hook: have it hook them anew.
+    for module in inner.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "output_capturing_hook":
+                del module._forward_hooks[key]
+    inner._output_capturing_hooks_installed = False
 
 
 def _inner(host: Host) -> Any:
@@ -195,7 +203,9 @@ def find_host(model: Any) -> Host:
     host = _transformers_host(model) if "transformers" in sys.modules else None
     host = host or (_timm_host(model) if "timm" in sys.modules else None)
     if host is None or not host.sites:
-        raise InputError("model", _description(model), "a Llama, Mistral, Qwen2, Qwen3, ViT or DeiT of transformers, or timm's VisionTransformer")
+        raise InputError(
+            "model", _description(model), "a Llama, Mistral, Qwen2, Qwen3, ViT or DeiT of transformers, or timm's VisionTransformer"
+        )
     return host
 
 

@@ -1,5 +1,7 @@
 """Small mechanisms written under the contract, known only while a test that asks for `toys` runs, and tiny random models."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ def segments(q, call):
     if call.cu_seqlens is None:
         return [(row, 0, q.shape[1], row) for row in range(q.shape[0])]
     ends = call.cu_seqlens.tolist()
-    return [(0, start, stop, row) for row, (start, stop) in enumerate(zip(ends, ends[1:]))]
+    return [(0, start, stop, row) for row, (start, stop) in enumerate(pairwise(ends))]
 
 
 class ToySoftmax(Attention):

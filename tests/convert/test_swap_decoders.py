@@ -323,7 +323,9 @@ def test_wrong_use_is_one_line(decoder):
             action()
         assert message in str(error.value) and "\n" not in str(error.value)
 
-    refuses("'toy-rows', which is bidirectional only; expected a causal mechanism for LlamaForCausalLM", lambda: subquad.swap(model, "toy-rows"))
+    refuses(
+        "'toy-rows', which is bidirectional only; expected a causal mechanism for LlamaForCausalLM", lambda: subquad.swap(model, "toy-rows")
+    )
     refuses("causal: got False", lambda: subquad.swap(model, "toy-softmax", causal=False))
     refuses("without a swapped layer", lambda: subquad.restore(model))
     refuses("got layer 4", lambda: subquad.swap(model, "toy-linear", layers=[4]))

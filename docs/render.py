@@ -115,19 +115,26 @@ def signature(owner: Any, name: str) -> str:
         found = inspect.signature(owner)
     except (TypeError, ValueError):
         return name
-    shown = found.replace(parameters=[p for p in found.parameters.values() if p.name not in ("self", "cls")])
-    text = f"{name}{shown}".replace("'", '"')
-    if len(text) <= 100:
-        return text
-    parameters, star = [], False
-    for p in shown.parameters.values():
-        if p.kind is p.KEYWORD_ONLY and not star:
-            parameters.append("*")
-            star = True
-        star = star or p.kind is p.VAR_POSITIONAL
-        parameters.append(str(p))
-    tail = text[text.rindex(") ->") :] if ") ->" in text else ")"
-    return f"{name}(\n" + "".join(f"    {p},\n" for p in parameters) + tail
+    shown = [p for p in found.parameters.values() if p.name not in ("self", "cls")]
+    parameters = [spelled(p) for p in shown]
+    first = next((i for i, p in enumerate(shown) if p.kind is p.KEYWORD_ONLY), None)
+    if first is not None and not any(p.kind is p.VAR_POSITIONAL for p in shown):
+        parameters.insert(first, "*")
+    result = "" if found.return_annotation is found.empty else f" -> {annotation(found.return_annotation)}"
+    line = f"{name}({', '.join(parameters)}){result}"
+    return line if len(line) <= 100 else f"{name}(\n" + "".join(f"    {p},\n" for p in parameters) + f"){result}"
+
+
+def spelled(p: inspect.Parameter) -> str:
+    """One parameter as it is written in the source."""
+    star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+    kind = "" if p.annotation is p.empty else f": {annotation(p.annotation)}"
+    default = "" if p.default is p.empty else f" = {p.default!r}" if kind else f"={p.default!r}"
+    return f"{star}{p.name}{kind}{default}"
+
+
+def annotation(value: Any) -> str:
+    return value if isinstance(value, str) else getattr(value, "__name__", str(value))
 
 
 def entry(owner: Any, name: str, level: int = 2) -> str:

@@ -156,6 +156,12 @@ def test_docstrings_become_markdown():
     )
 
 
+def test_signatures_are_spelled_as_in_the_source():
+    def f(self, q: "torch.Tensor", *, size: int = 4, **options: object) -> "tuple[int, ...]": ...
+
+    assert render.signature(f, "f") == "f(q: torch.Tensor, *, size: int = 4, **options: object) -> tuple[int, ...]"
+
+
 def test_results_become_tables():
     tables = render.result_tables({"tables": [{"title": "t", "columns": ["a", "b"], "rows": [["x|y", 1]]}]})
     assert render.table(tables[0]["columns"], tables[0]["rows"]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 |"

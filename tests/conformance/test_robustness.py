@@ -169,8 +169,7 @@ def test_attend(case):
         assert torch.equal(subquad.attend(q, k, v, case.name, **options), case.run(module, {"q": q, "k": k, "v": v, **x}))
 
 
-@every(with_variants=True)
-def test_compiles_without_graph_breaks(case):
+def compiles(case):
     """Forward and backward, traced on the CPU and compiled by inductor on a GPU."""
     torch._dynamo.reset()
     module = case.make(torch.float32)
@@ -182,3 +181,14 @@ def test_compiles_without_graph_breaks(case):
     expected = gradients(module, x, lambda leaves: case.run(module, leaves, rotary=rotary))
     for name, g in gradients(module, x, lambda leaves: case.run(compiled, leaves, rotary=rotary)).items():
         assert_close(g, expected[name], 1e-4, f"gradient of {name}")
+
+
+@every()
+def test_compiles_without_graph_breaks(case):
+    compiles(case)
+
+
+@pytest.mark.slow
+@every(with_variants=True)
+def test_variants_compile_without_graph_breaks(case):
+    compiles(case)

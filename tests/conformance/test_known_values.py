@@ -1,0 +1,97 @@
+"""Values worked out by hand, against which the mechanism and its reference could both be wrong.
+
+Tokens are few and one-hot, so that each expected value is a line of arithmetic in the test.
+"""
+
+import math
+
+import pytest
+import torch
+from conformance.cases import DEVICE
+
+import subquad
+
+LN2, LN3 = math.log(2), math.log(3)
+V = torch.eye(4, dtype=torch.float64)  # value j is the j-th unit vector: outputs are the weights themselves
+
+
+def tokens(*rows):
+    """One batch row, one head: ``[1, N, 1, D]``."""
+    return torch.tensor(rows, dtype=torch.float64, device=DEVICE)[None, :, None]
+
+
+def weights(name, q, k, *, head_dim=None, parameters=None, options=None, **call):
+    """The weights ``[N, N]`` with which a one-headed mechanism mixes N ≤ 4 values, by its fast path and by its reference."""
+    n, dim = q.shape[1], q.shape[-1]
+    module = subquad.attention(name, 1, head_dim or dim, value_dim=4, **(options or {})).to(DEVICE, torch.float64)
+    with torch.no_grad():
+        for parameter, value in (parameters or {}).items():
+            module.get_parameter(parameter).copy_(torch.as_tensor(value))
+    v = V[:n].to(DEVICE)[None, :, None]
+    o = module(q, k, v, **call)
+    torch.testing.assert_close(subquad.reference(name)(module, q, k, v, **call), o)
+    if subquad.card(name).causal and options is None:  # the same token by token
+        state, steps = None, []
+        for t in range(n):
+            extra = {key: x[:, t : t + 1] for key, x in call.items()}
+            step, state = module(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], state=state, return_state=True, **extra)
+            steps.append(step)
+        torch.testing.assert_close(torch.cat(steps, 1), o)
+    return o[0, :, 0, :n].detach().cpu()
+
+
+def expect(found, *rows):
+    torch.testing.assert_close(found, torch.tensor(rows, dtype=torch.float64), atol=2e-6, rtol=2e-6)
+
+
+def test_softmax():
+    # √D = 2: the logits of the second query are ln 3 and 0
+    q, k = tokens([0, 0, 0, 0], [2 * LN3, 0, 0, 0]), tokens([1, 0, 0, 0], [0, 1, 0, 0])
+    expect(weights("softmax", q, k), [1, 0], [0.75, 0.25])
+
+
+def test_softmax_bidirectional():
+    q, k = tokens([0, 0, 0, 0], [2 * LN3, 0, 0, 0]), tokens([1, 0, 0, 0], [0, 1, 0, 0])
+    expect(weights("softmax", q, k, options={"causal": False}), [0.5, 0.5], [0.75, 0.25])
+
+
+def test_sliding_window():
+    q = tokens(*[[2 * LN3, 0, 0, 0]] * 4)
+    k = tokens([1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0])
+    two = [[1, 0, 0, 0], [0.75, 0.25, 0, 0], [0, 0.25, 0.75, 0], [0, 0, 0.75, 0.25]]
+    expect(weights("sliding-window", q, k, options={"window": 2, "sinks": 0}), *two)
+    one_sink = [[1, 0, 0, 0], [3 / 4, 1 / 4, 0, 0], [3 / 7, 1 / 7, 3 / 7, 0], [3 / 7, 0, 3 / 7, 1 / 7]]
+    expect(weights("sliding-window", q, k, options={"window": 2, "sinks": 1}), *one_sink)
+
+
+def test_based():
+    # f = D = 4 and W the identity: s = q·k / 2 is 1 for the first key and 0 for the second; 1 + s + s²/2 is 2.5 and 1
+    q, k = tokens([2, 0, 0, 0], [2, 0, 0, 0]), tokens([1, 0, 0, 0], [0, 1, 0, 0])
+    identity = {"W_q": V, "W_k": V}
+    expect(weights("based", q, k, parameters=identity, options={"feature_dim": 4}), [1, 0], [2.5 / 3.5, 1 / 3.5])
+    both = weights("based", q, k, parameters=identity, options={"feature_dim": 4, "causal": False})
+    expect(both, [2.5 / 3.5, 1 / 3.5], [2.5 / 3.5, 1 / 3.5])
+
+
+@pytest.mark.parametrize(
+    "feature_map, x, same, other",
+    [
+        # softmax of (ln 3, 0) is (3/4, 1/4), of its negative (1/4, 3/4)
+        ("softmax", LN3, 2 * (9 + 1) / 16, 4 * 3 / 16),
+        # exp of (ln 2, 0, −ln 2, 0) is (2, 1, 1/2, 1)
+        ("exp", LN2, 4 + 1 + 1 / 4 + 1, 1 + 1 + 1 + 1),
+        # exp of twice that is (4, 1, 1/4, 1), which sums to 25/4
+        ("softmax2", LN2, 16 + 1 + 1 / 16 + 1, 1 + 1 + 1 + 1),
+    ],
+)
+def test_hedgehog(feature_map, x, same, other):
+    q, k = tokens([x, 0], [x, 0]), tokens([x, 0], [-x, 0])
+    total = same + other
+    expect(weights("hedgehog", q, k, options={"feature_map": feature_map}), [1, 0], [same / total, other / total])
+
+
+def test_rala():
+    # D = 1: φ(q) = 1, φ(k) = (2, 1); the token weights are ∝ e², e, so the keys weigh 2e² and e
+    q, k = tokens([0], [0]), tokens([1], [0])
+    row = [2 * math.e / (2 * math.e + 1), 1 / (2 * math.e + 1)]
+    expect(weights("rala", q, k, grid=(1, 2)), row, row)

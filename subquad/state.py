@@ -146,8 +146,18 @@ class State:
 
     @staticmethod
     def join(states: list[State]) -> State:
-        """One batch of the rows of several states (recordings are dropped)."""
-        first = states[0]
-        names = first.tensors
-        tensors = {name: torch.cat([s.tensors[name] for s in states]) for name in names}
+        """One batch of the rows of several states (recordings are dropped).
+
+        Tensors that grow with the tokens grow along dim 1 and end with the last token: shorter ones are filled up in front.
+        """
+        first, tensors = states[0], {}
+        for name in first.tensors:
+            parts = [s.tensors[name] for s in states]
+            longest = max((x.shape[1] for x in parts if x.dim() > 1), default=0)
+            tensors[name] = torch.cat([x if x.dim() < 2 or x.shape[1] == longest else _fill(x, longest) for x in parts])
         return type(first)(tensors, torch.cat([s.length for s in states]), first.origin)
+
+
+def _fill(x: Tensor, tokens: int) -> Tensor:
+    """Zeros in front of dim 1, up to `tokens`."""
+    return torch.cat([x.new_zeros(x.shape[0], tokens - x.shape[1], *x.shape[2:]), x], 1)

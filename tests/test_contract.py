@@ -280,6 +280,8 @@ def test_reorder_join_and_move():
     assert beams["S"].flatten().tolist() == [2, 0, 0, 1] and beams.length.tolist() == [7, 5, 5, 6]
     joined = State.join([state, beams])
     assert joined["S"].flatten().tolist() == [0, 1, 2, 2, 0, 0, 1] and joined.batch == 7
+    longer = State({"S": torch.full((1, 3), 9.0)}, torch.tensor([3]))  # grows along dim 1: aligned at the last token
+    assert State.join([state, longer])["S"].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [9, 9, 9]]
     assert state.to("meta")["S"].device.type == "meta"
     grown = State({"S": torch.ones(3, 1, requires_grad=True)}, state.length)
     assert grown["S"].requires_grad and not grown.detach()["S"].requires_grad

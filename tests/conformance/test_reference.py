@@ -79,7 +79,7 @@ def test_very_long(case, dtype):
 
 
 def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+    return float(x.detach().double().square().mean().sqrt())
 
 
 @BY_HALF
@@ -98,6 +98,7 @@ def test_half_precision(case, dtype):
 @BY_HALF
 @every()
 def test_half_precision_gradients(case, dtype):
+    """As above with twice the factor: a backward pass starts from an output and products that were rounded once already."""
     module = case.make(dtype)
     x = case.inputs(130, module, dtype=dtype)
     exact, single = case.twin(module, torch.float64), case.twin(module, torch.float32)
@@ -106,7 +107,7 @@ def test_half_precision_gradients(case, dtype):
     own = gradients(single, {name: t.float() for name, t in x.items()}, lambda leaves: case.define(single, leaves), weight)
     found = gradients(module, x, lambda leaves: case.run(module, leaves), weight)
     for name, g in expected.items():
-        allowed = case.card.bf16_factor * rms(own[name].to(dtype) - g) + 1e-6 * rms(g)
+        allowed = 2 * case.card.bf16_factor * rms(own[name].to(dtype) - g) + 1e-6 * rms(g)
         assert found[name].dtype == dtype
         assert rms(found[name] - g) <= allowed, name
 

@@ -284,7 +284,7 @@ def bench(
     table = Table(title=f"{about['device']}, {dtype}, {about['heads']}", title_justify="left", header_style="bold")
     width = len(BENCH_HEADS) if backward else 5
     for index, head in enumerate(BENCH_HEADS[:width]):
-        table.add_column(head, justify="right" if index else "left")
+        table.add_column(head.replace(" ", "\n"), justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
     for point in points:
         table.add_row(*bench_cells(point)[:width])
     Console().print(table)

@@ -13,12 +13,13 @@ from subquad.models.load import load_model
 from subquad.models.text import encode, load_text
 
 WINDOW = Choice("sliding-window", {"window": 8, "sinks": 2})
+LOLCATS = Choice("lolcats", {"window": 8})
 
 
 @pytest.fixture
 def job(folder, text):
     return Job(
-        model=str(folder), to=(WINDOW, Choice("lolcats")), steps=12, text=(str(text),), window=64, windows=3, length=32,
+        model=str(folder), to=(WINDOW, LOLCATS), steps=8, text=(str(text),), window=64, windows=3, length=32,
         prompts=2, distance=20, lengths=(32, 64),
     )  # fmt: skip
 
@@ -31,13 +32,18 @@ def nll(model, job):
 def test_before_and_after(job, tmp_path):
     out = tmp_path / "out"
     report = run_job(job, out, command="subquad swap …")
-    assert [(r.mechanism, r.distilled_steps) for r in report.rows] == [(ORIGINAL, 0), (WINDOW.label, 0), ("lolcats", 0), ("lolcats", 12)]
+    assert [(r.mechanism, r.distilled_steps) for r in report.rows] == [
+        (ORIGINAL, 0),
+        (WINDOW.label, 0),
+        (LOLCATS.label, 0),
+        (LOLCATS.label, 8),
+    ]
     original, window, before, after = report.rows
     model, _ = load_model(job.model)
     assert original.nll == pytest.approx(nll(model, job), abs=1e-6)
-    saved, _ = load_model(out / "lolcats")  # a fresh load of what was saved is the model that was measured
-    assert after.nll == pytest.approx(nll(saved, job), abs=1e-4) and after.saved == "lolcats"
-    assert len(after.losses) == 12 and sum(after.losses[-4:]) < sum(after.losses[:4])
+    saved, _ = load_model(out / LOLCATS.folder)  # a fresh load of what was saved is the model that was measured
+    assert after.nll == pytest.approx(nll(saved, job), abs=1e-4) and after.saved == LOLCATS.folder == "lolcats_window=8"
+    assert len(after.losses) == 8 and sum(after.losses[-3:]) < sum(after.losses[:3])
     assert after.gap_closed == pytest.approx((before.nll - after.nll) / (before.nll - original.nll))
     assert original.params == window.params < before.params == original.params + before.new_params
     assert original.bytes_64k == 65536 * 4 * 2 * 2 * 8 * 4 > before.bytes_64k
@@ -45,7 +51,7 @@ def test_before_and_after(job, tmp_path):
     assert len(after.sample) > 48 and after.timings == before.timings
     assert all(math.isclose(r.ppl, math.exp(r.nll)) for r in report.rows)
     assert Report.load(out) == report
-    assert sorted(p.name for p in out.iterdir()) == ["job.json", "lolcats", "report.html", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["job.json", LOLCATS.folder, "report.html", "report.json"]
     with pytest.raises(InputError, match="a finished run"):
         run_job(job, out)
 
@@ -64,7 +70,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(job, tmp_path, monkeypatch
     monkeypatch.setattr(job_file.quality, "perplexity", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_job(job, tmp_path / "broken")
-    assert not (tmp_path / "broken" / "report.json").exists() and not (tmp_path / "broken" / "lolcats").exists()
+    assert not (tmp_path / "broken" / "report.json").exists() and not (tmp_path / "broken" / LOLCATS.folder).exists()
 
     calls = []
     monkeypatch.setattr(job_file.quality, "perplexity", lambda *a, **o: calls.append(1) or real(*a, **o))
@@ -102,7 +108,7 @@ def test_an_unfinished_run_of_another_command_is_named(job, tmp_path):
 
     identity = {**job_file._plain(replace(job, steps=7)), "text_sha256": "0"}
     Folder(tmp_path / "out", identity).begin()
-    with pytest.raises(InputError, match=r"an unfinished run with steps = 7.*steps = 12"):
+    with pytest.raises(InputError, match=r"an unfinished run with steps = 7.*steps = 8"):
         run_job(job, tmp_path / "out")
 
 
@@ -147,4 +153,4 @@ def test_the_folder_says_what_it_was_made_with(job, tmp_path):
 
     Folder(tmp_path / "out", job_file._plain(job), "the command").begin()
     read = json.loads((tmp_path / "out" / "job.json").read_text())
-    assert read["command"] == "the command" and read["job"]["to"] == [WINDOW.label, "lolcats"]
+    assert read["command"] == "the command" and read["job"]["to"] == [WINDOW.label, LOLCATS.label]

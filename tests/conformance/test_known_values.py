@@ -90,6 +90,17 @@ def test_hedgehog(feature_map, x, same, other):
     expect(weights("hedgehog", q, k, options={"feature_map": feature_map}), [1, 0], [same / total, other / total])
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_lolcats(affine):
+    # window of 2 on three tokens, g = 0.1; the window's weights are relative to its own maximum, 5 + ln 2
+    scale = math.sqrt(2) / LN3
+    q, k = tokens([0, 0], [0, 0], [LN3, 0]), tokens([-LN3, 0], [scale * (5 + LN2), 0], [scale * 5, 0])
+    identity = {"W_q": torch.eye(2), "W_k": torch.eye(2), "window_factor": -2 * LN3}  # sigmoid: 1 / (1 + 9)
+    found = weights("lolcats", q, k, parameters=identity, options={"window": 2, "feature_dim": 2, "affine_factors": affine})
+    row = torch.tensor([0.9 * 0.75 if affine else 0.75, 0.1, 0.05])  # φ(q)·φ(−q) = 4 · 3/4 · 1/4
+    expect(found, [1, 0, 0], [0.5, 0.5, 0], (row / row.sum()).tolist())
+
+
 def test_rala():
     # D = 1: φ(q) = 1, φ(k) = (2, 1); the token weights are ∝ e², e, so the keys weigh 2e² and e
     q, k = tokens([0], [0]), tokens([1], [0])

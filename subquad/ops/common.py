@@ -1,0 +1,107 @@
+"""What the primitives share: head groups, and sequences cut into chunks.
+
+Tokens come as ``[B, N, heads, D]``. The recurrent primitives work on *tiles* ``[P, m, C, r, D]``: P = B·Hs rows of the
+state, m chunks of C tokens, and r query heads that share one state head (query head h reads state head h // r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+CHUNK = 64  # tokens in a chunk: the fastest of 32, 64, 128 on CPU, and the tile that GPUs prefer
+CPU_ROWS = 4096  # rows of a tile worked on at once: keeps temporaries in the cache
+GPU_ROWS = 131072  # enough to fill a GPU, while temporaries stay a small part of memory
+
+Result = TypeVar("Result")
+
+
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, N, Hx, …]`` to ``[B, N, heads, …]``: head h is head h // (heads / Hx) of x."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def reduce_heads(x: Tensor, heads: int) -> Tensor:
+    """The adjoint of `expand_heads`: ``[B, N, H, …]`` to ``[B, N, heads, …]``, groups summed."""
+    return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3)
+
+
+def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Run without autocast: states and accumulators keep their dtype in mixed-precision training."""
+
+    @wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Result:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return run
+
+
+class Span(NamedTuple):
+    """A sequence (or a batch of equal ones): rows of the state, and tokens start … stop-1."""
+
+    rows: slice
+    start: int
+    stop: int
+
+
+def spans(tokens: int, cu_seqlens: Tensor | None) -> tuple[Span, ...]:
+    """The sequences of a batch: all rows at once, or each packed sequence by itself."""
+    if cu_seqlens is None:
+        return (Span(slice(None), 0, tokens),)
+    ends = cu_seqlens.tolist()
+    return tuple(Span(slice(i, i + 1), start, stop) for i, (start, stop) in enumerate(pairwise(ends)))
+
+
+class Segment(NamedTuple):
+    """`chunks` chunks of `size` tokens from token `start` on."""
+
+    start: int
+    chunks: int
+    size: int
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.start + self.chunks * self.size)
+
+
+def segments(span: Span, like: Tensor, heads: int, *, reverse: bool = False, powers_of_two: bool = False) -> Iterator[Segment]:
+    """Cut a span into segments of whole chunks that fit the cache, and its tail into shorter chunks; nothing is padded."""
+    rows = CPU_ROWS if like.device.type == "cpu" else GPU_ROWS
+    group = max(1, rows // (CHUNK * max(1, like.shape[0] * heads)))
+    whole = (span.stop - span.start) // CHUNK
+    cut = [Segment(span.start + i * CHUNK, min(group, whole - i), CHUNK) for i in range(0, whole, group)]
+    start, left = span.start + whole * CHUNK, span.stop - span.start - whole * CHUNK
+    while left:
+        size = 1 << (left.bit_length() - 1) if powers_of_two else left
+        cut.append(Segment(start, 1, size))
+        start, left = start + size, left - size
+    yield from reversed(cut) if reverse else cut
+
+
+def load(x: Tensor, segment: Segment, heads: int, dtype: torch.dtype) -> Tensor:
+    """Tokens of x ``[B, N, Hx, D]`` as tiles ``[B·heads, m, C, r, D]``; fewer heads than `heads` are repeated."""
+    x = x[:, segment.tokens].to(dtype)
+    x = expand_heads(x, heads) if x.shape[2] < heads else x
+    batch, _, total, width = x.shape
+    group = total // heads
+    x = x.reshape(batch, segment.chunks, segment.size, heads, group, width).permute(0, 3, 1, 2, 4, 5)
+    return x.reshape(batch * heads, segment.chunks, segment.size, group, width)
+
+
+def store(out: Tensor, tiles: Tensor, segment: Segment) -> None:
+    """Write tiles ``[B·heads, m, C, r, V]`` to their tokens of out ``[B, N, heads·r, V]``."""
+    _, m, size, group, width = tiles.shape
+    batch, _, total, _ = out.shape
+    tiles = tiles.view(batch, total // group, m, size, group, width).permute(0, 2, 3, 1, 4, 5)
+    out[:, segment.tokens].view(tiles.shape).copy_(tiles)
+
+
+def rows(tiles: Tensor) -> Tensor:
+    """Tiles ``[P, m, C, r, D]`` as a batch of matrices ``[P·m, C·r, D]``."""
+    return tiles.reshape(-1, tiles.shape[2] * tiles.shape[3], tiles.shape[4])

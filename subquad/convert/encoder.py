@@ -21,16 +21,16 @@ from subquad.convert.module import SwappedAttention
 
 def watch_grid(projection: nn.Module) -> None:
     """Have the patch projection, a convolution, leave the (rows, columns) of its last output on itself."""
-    if not hasattr(projection, "subquad_watch"):
-        projection.subquad_watch = projection.register_forward_hook(_note_grid)  # type: ignore[assignment]
+    if _note_grid not in projection._forward_hooks.values():
+        projection.register_forward_hook(_note_grid)
 
 
 def forget_grid(projection: nn.Module) -> None:
     """Undo `watch_grid`."""
-    if hasattr(projection, "subquad_watch"):
-        projection.subquad_watch.remove()  # type: ignore[union-attr,operator]
-        for name in ("subquad_watch", "subquad_grid"):
-            projection.__dict__.pop(name, None)
+    for key, hook in list(projection._forward_hooks.items()):
+        if hook is _note_grid:
+            del projection._forward_hooks[key]
+    projection.__dict__.pop("subquad_grid", None)
 
 
 def _note_grid(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -139,9 +139,11 @@ def _register_tokenizers(configs: Any) -> None:
 def write_card(model: Any, folder: Path) -> None:
     """Write how to load the model into the folder's README.md, keeping what is there."""
     layers = model.config.subquad["layers"]
-    auto = "AutoModelForCausalLM" if hasattr(model, "lm_head") else "AutoModelForImageClassification"
+    plain = type(model).plain
+    auto = "AutoModel" + plain.__name__.removeprefix(family_of(plain).prefix).removeprefix("Model")
+    auto = max((name for name in _AUTO_CLASSES if auto.startswith(name)), key=len)
     names = ", ".join(sorted({f"`{entry['name']}`" for entry in layers.values()}))
-    text = CARD.format(plain=type(model).plain.__name__, count=len(layers), layers=model.config.num_hidden_layers, names=names, auto=auto)
+    text = CARD.format(plain=plain.__name__, count=len(layers), layers=model.config.num_hidden_layers, names=names, auto=auto)
     path = folder / "README.md"
     before = path.read_text(encoding="utf-8") if path.exists() else f"---\nlibrary_name: transformers\n---\n\n# {type(model).__name__}\n"
     if _CARD_TITLE in before:

@@ -199,10 +199,22 @@ def test_the_cache_can_be_reordered_repeated_selected_and_cropped(decoder):
     cache = after(lambda cache: (cache.activate_past_recording(), model(ids[:, 6:9], past_key_values=cache), cache.crop(-2)))
     assert cache.get_seq_length() == 7
     close(logits(model, ids[:, 7:], past_key_values=cache), whole[:, 7:])
-    cache = after(lambda cache: cache.reset())
-    close(logits(model, ids, past_key_values=cache), whole)
     with pytest.raises(InputError, match="recorded"):
         after(lambda cache: cache.crop(-2))
+
+
+def test_a_cache_can_be_reset_and_moved(decoder):
+    from subquad.convert.cache import SubquadCache
+
+    model, ids = subquad.swap(decoder(), "toy-linear"), tokens()
+    cache = SubquadCache(model)
+    whole = logits(model, ids, past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == cache.nbytes == 0
+    logits(model, ids[:, :5], past_key_values=cache)
+    for layer in copy.deepcopy(cache).layers:
+        layer.offload(), layer.prefetch()
+    close(logits(model, ids[:, 5:], past_key_values=cache), whole[:, 5:])
 
 
 def test_a_recorded_prompt_can_be_cropped_from_the_first_call(decoder):

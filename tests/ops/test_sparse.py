@@ -29,7 +29,9 @@ def compare(inputs, layout, *, parameters=(), tolerance=1e-10, **options):
         assert torch.equal(a.isinf(), empty), name
         torch.testing.assert_close(a[~empty], b[~empty], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
         weight = torch.randn(b.shape, generator=torch.Generator().manual_seed(7), dtype=b.dtype).masked_fill(empty, 0)
-        got, want = (torch.autograd.grad((x.masked_fill(empty, 0) * weight).sum(), wrt, retain_graph=True, allow_unused=True) for x in (a, b))
+        got, want = (
+            torch.autograd.grad((x.masked_fill(empty, 0) * weight).sum(), wrt, retain_graph=True, allow_unused=True) for x in (a, b)
+        )
         for i, (x, y) in enumerate(zip(got, want)):
             x, y = (torch.zeros_like(wrt[i]) if g is None else g for g in (x, y))
             torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, msg=lambda text, n=name, i=i: f"d{n}/d input {i}: {text}")
@@ -42,13 +44,14 @@ STATIC = {
     "window": lambda n, m: Layout.window(n, 37, m=m),
     "sinks": lambda n, m: Layout.window(n, 40, sinks=5, m=m),
     "many sinks": lambda n, m: Layout.window(n, 9, sinks=70, m=m),
+    "sinks filling a block": lambda n, m: Layout.window(n, 5, sinks=64, m=m),
     "wide window": lambda n, m: Layout.window(n, 300, sinks=2, m=m),
     "terrace": lambda n, m: Layout.terrace(n, 16, m=m),
 }
 
 
 @pytest.mark.parametrize("name", STATIC)
-@pytest.mark.parametrize("n,m", [(150, 150), (70, 203), (1, 130), (1, 1)])
+@pytest.mark.parametrize("n,m", [(150, 150), (70, 203), (5, 90), (1, 130), (1, 1)])
 def test_static_layouts(name, n, m):
     compare(make(2, n, 2, 4, m=m), STATIC[name](n, m))
 
@@ -74,7 +77,10 @@ def test_block_lists(lists, block):
         assert (o[:, block[0] : 2 * block[0]] == 0).all() and (lse[:, block[0] : 2 * block[0]] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("make_layout", [lambda n: Layout.dense(n), lambda n: Layout.causal(n), lambda n: Layout.window(n, 20, 3), lambda n: Layout.terrace(n, 8)])
+@pytest.mark.parametrize(
+    "make_layout",
+    [lambda n: Layout.dense(n), lambda n: Layout.causal(n), lambda n: Layout.window(n, 20, 3), lambda n: Layout.terrace(n, 8)],
+)
 def test_packed_equals_separate(make_layout):
     lengths = [50, 0, 1, 130, 19]
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -111,6 +117,16 @@ def test_explicit_positions(name, packed):
     compare(inputs, STATIC[name](n, m), q_pos=q_pos, cu_seqlens=cu)
 
 
+@pytest.mark.parametrize("name", STATIC)
+def test_few_queries_at_positions(name):
+    """As in decoding: rows of different length, right-aligned; a row that has seen nothing is empty."""
+    k_pos = torch.arange(40) + torch.tensor([[-40], [-3], [100]])
+    q_pos = torch.arange(40, 43) + torch.tensor([[-80], [-3], [100]])
+    o, _, _ = compare(make(3, 3, 4, 4, m=40, hk=2), STATIC[name](3, 40), q_pos=q_pos, k_pos=k_pos)
+    assert (o[0] == 0).all() and (o[1:] != 0).all()
+    compare(make(3, 3, 4, 4, m=40, hk=2), STATIC[name](3, 40), k_pos=k_pos[1])
+
+
 def test_explicit_positions_with_lists():
     mask = torch.rand(3, 5, generator=torch.Generator().manual_seed(3)) > 0.3
     layout = Layout.from_block_mask(mask, 16, n=40, m=75, rule=Window(25, 2))
@@ -126,7 +142,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("kind", ["slopes", "table", "shared table", "factors", "shared factors", "dense", "dense per head", "dense per row", "key", "softcap"])
+@pytest.mark.parametrize(
+    "kind", ["slopes", "table", "shared table", "factors", "shared factors", "dense", "dense per head", "dense per row", "key", "softcap"]
+)
 def test_biases(name, kind):
     torch.manual_seed(2)
     b, n, m, h = 2, 70, 90, 4
@@ -145,7 +163,9 @@ def test_biases(name, kind):
         "dense per row": lambda: leaf(b, 1, n, m),
         "key": lambda: leaf(b, h, m),
     }.get(kind, lambda: None)()
-    parameters = list(bias) if isinstance(bias, tuple) else [bias.table] if isinstance(bias, RelativeBias) else [bias] if bias is not None else []
+    parameters = (
+        list(bias) if isinstance(bias, tuple) else [bias.table] if isinstance(bias, RelativeBias) else [bias] if bias is not None else []
+    )
     options = {"key_bias": bias} if kind == "key" else {"bias": bias}
     if kind == "softcap":
         options = {"softcap": 1.5, "key_bias": (key := leaf(b, 1, m))}

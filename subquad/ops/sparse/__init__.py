@@ -1,7 +1,7 @@
 """Softmax attention over the keys that a layout names.
 
-    s_ij = softcap(scale · q_i·k_j) + b_ij + key_bias_j ,   j ∈ layout(i)
-    o_i  = Σ_j exp(s_ij − lse_i) v_j ,   lse_i = log Σ_j exp(s_ij)
+s_ij = softcap(scale · q_i·k_j) + b_ij + key_bias_j ,   j ∈ layout(i)
+o_i  = Σ_j exp(s_ij − lse_i) v_j ,   lse_i = log Σ_j exp(s_ij)
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from subquad.checks import InputError, check_cu_seqlens, check_qkv, shape_of
+from subquad.ops.common import full_precision
 from subquad.ops.sparse.bias import Bias, RelativeBias, check_bias
 from subquad.ops.sparse.chunked import sparse_attention_chunked
+from subquad.ops.sparse.direct import FEW, sparse_attention_direct
 from subquad.ops.sparse.layout import Layout
 from subquad.ops.sparse.reference import sparse_attention_reference
 
 __all__ = ["Bias", "Layout", "RelativeBias", "sparse_attention", "sparse_attention_reference"]
 
 
+@full_precision
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -65,10 +68,16 @@ def sparse_attention(
     _check(q, k, layout, heads, q_pos, k_pos, softcap, cu_seqlens)
     check_bias(bias, key_bias, q, k, heads, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    stats = return_lse or return_max
     # the one place that chooses a path
-    o, lse, top = sparse_attention_chunked(
-        q, k, v, layout, bias=bias, key_bias=key_bias, q_pos=q_pos, k_pos=k_pos, scale=scale, softcap=softcap, cu_seqlens=cu_seqlens
-    )
+    plain = bias is None and key_bias is None and softcap is None and cu_seqlens is None and layout.index is None
+    if plain and 0 < q.shape[1] <= FEW and q.shape[2] == heads and k.shape[2] == v.shape[2]:
+        o, lse, top = sparse_attention_direct(q, k, v, layout, q_pos=q_pos, k_pos=k_pos, scale=scale, stats=stats)
+    else:
+        o, lse, top = sparse_attention_chunked(
+            q, k, v, layout, bias=bias, key_bias=key_bias, q_pos=q_pos, k_pos=k_pos,
+            scale=scale, softcap=softcap, cu_seqlens=cu_seqlens, stats=stats,
+        )  # fmt: skip
     extra = [x for x, wanted in ((lse, return_lse), (top, return_max)) if wanted]
     return (o, *extra) if extra else o
 

@@ -108,15 +108,13 @@ def per_unit(x: Tensor, batch: int, groups: int, heads: int) -> Tensor:
 def check_bias(bias: Bias | None, key_bias: Tensor | None, q: Tensor, k: Tensor, heads: int, softcap: float | None) -> None:
     """One line for a bias whose form or shape does not fit."""
     batch, n, m = q.shape[0], q.shape[1], k.shape[1]
-    if key_bias is not None and tuple(key_bias.shape) not in ((b, h, m) for b in (1, batch) for h in (1, heads)):
+    if key_bias is not None and tuple(key_bias.shape) not in [(b, h, m) for b in (1, batch) for h in (1, heads)]:
         raise InputError("key_bias", shape_of(key_bias), f"[B, H, M] = {[batch, heads, m]} (B and H may be 1)")
     if isinstance(bias, Tensor):
         if bias.dim() == 1 and bias.shape[0] != heads:
             raise InputError("bias", shape_of(bias), f"ALiBi slopes [H] = [{heads}]")
         leading = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-        if bias.dim() != 1 and (
-            bias.dim() > 4 or leading[2:] != (n, m) or leading[0] not in (1, batch) or leading[1] not in (1, heads)
-        ):
+        if bias.dim() != 1 and (bias.dim() > 4 or leading[2:] != (n, m) or leading[0] not in (1, batch) or leading[1] not in (1, heads)):
             raise InputError("bias", shape_of(bias), f"[N, M], [H, N, M] or [B, H, N, M] = {[batch, heads, n, m]}")
     elif isinstance(bias, RelativeBias):
         table = bias.table

@@ -34,8 +34,9 @@ def sparse_attention_chunked(
     scale: float,
     softcap: float | None,
     cu_seqlens: Tensor | None,
+    stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(o ``[B, N, H, V]``, lse ``[B, N, H]``, max ``[B, N, H]``); the arguments are checked by the caller."""
+    """(o ``[B, N, H, V]``, lse ``[B, N, H]``, max ``[B, N, H]``); the last two hold nothing unless `stats`."""
     batch, n, heads, dtype = q.shape[0], q.shape[1], max(q.shape[2], k.shape[2], v.shape[2]), compute_dtype(q)
     wide = [x.to(dtype) for x in (q, k, v)]
     wide[0] = _heads(wide[0], heads) * scale
@@ -51,12 +52,13 @@ def sparse_attention_chunked(
         layout, batch * groups, groups, heads // groups, k_groups, dtype, q.device, terms, softcap, q_pos, k_pos,
         None if cu_seqlens is None else cu_seqlens.tolist(),
         sparse_rows=layout.index is not None or k_pos is not None or q_pos is not None or bool(terms),
+        stats=stats,
     )  # fmt: skip
     qu = wide[0].unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
     ku, vu = (_heads(x, k_groups).transpose(1, 2).flatten(0, 1) for x in wide[1:])
     if layout.index is not None:  # whole blocks, so that they are rows of one tensor
-        qu = F.pad(qu, (0, 0, 0, 0, 0, layout.q_blocks * layout.block_q - n))
-        ku, vu = (F.pad(x, (0, 0, 0, layout.k_blocks * layout.block_k - layout.m)) for x in (ku, vu))
+        qu = F.pad(qu, (0, 0, 0, 0, 0, layout.q_blocks * layout.block_q - n)).contiguous()
+        ku, vu = (F.pad(x, (0, 0, 0, layout.k_blocks * layout.block_k - layout.m)).contiguous() for x in (ku, vu))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (qu, ku, vu, *parameters))
     if needs_grad and not torch.compiler.is_compiling():
         o, lse, top = _Sparse.apply(qu, ku, vu, problem, *parameters)
@@ -144,17 +146,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, parameters: Any)
     lse, top = q.new_full(rows, -torch.inf), q.new_full(rows, -torch.inf)
     for tile in problem.tiles():
         s, _ = _scores(tile, tile.rows_of(q), tile.keys_of(k), parameters)
-        highest = s.amax(-1)
+        highest = s.amax(-1) if problem.stats or problem.sparse_rows else None
         prob = s.softmax(-1)
-        total = highest - prob.amax(-1).log()
         mixed = torch.bmm(prob, tile.keys_of(v))
-        if problem.sparse_rows:
+        if highest is not None:
             alive = highest > hidden(s.dtype) / 8
-            mixed = mixed * alive[..., None]
-            total, highest = (x.masked_fill(~alive, -torch.inf) for x in (total, highest))
+            mixed = mixed * alive[..., None] if problem.sparse_rows else mixed
+            tile.set_rows(lse, (highest - prob.amax(-1).log()).where(alive, -torch.inf))
+            tile.set_rows(top, highest.where(alive, -torch.inf))
         tile.set_rows(o, mixed)
-        tile.set_rows(lse, total)
-        tile.set_rows(top, highest)
     return o, lse, top
 
 
@@ -164,12 +164,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Gradients of q, k, v and of the bias parameters."""
     dead = (lse == -torch.inf) if problem.sparse_rows else None
-    do, dlse, dtop = (x if x is None or dead is None else x.masked_fill(dead if x.dim() == 3 else dead[..., None], 0) for x in (do, dlse, dtop))
-    do = torch.zeros_like(o) if do is None else do
+    do, dlse, dtop = (
+        x if x is None or dead is None else x.masked_fill(dead if x.dim() == 3 else dead[..., None], 0) for x in (do, dlse, dtop)
+    )
+    do = torch.zeros_like(o) if do is None else do.contiguous()
     push = -(do * o).sum(-1)
     push = push if dlse is None else push + dlse
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dk, dv = dk.contiguous(), dv.contiguous()
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dp = [torch.zeros_like(x) for x in parameters]
     for tile in problem.tiles():
         qt, kt, dot = tile.rows_of(q), tile.keys_of(k), tile.rows_of(do)

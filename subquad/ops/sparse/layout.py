@@ -12,6 +12,8 @@ Queries and keys stand at positions: query i at i + m − n, key j at j, so that
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -194,7 +196,7 @@ class Layout:
 def segments(rule: Rule, first: int, last: int, m: int) -> list[tuple[int, int, bool]]:
     """The keys of 0 … m−1 that queries at positions first … last see: (start, stop, whether all of them see all of it)."""
     cuts = sorted({0, m, *(min(max(c, 0), m) for c in rule.cuts(first, last))})
-    pieces = [(a, b) for a, b in zip(cuts, cuts[1:]) if rule.touches(first, last, a, b - 1)]
+    pieces = [(a, b) for a, b in pairwise(cuts) if rule.touches(first, last, a, b - 1)]
     return [(a, b, bool(rule.covers(first, last, a, b - 1))) for a, b in pieces]
 
 

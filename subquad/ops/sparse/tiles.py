@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from subquad.ops.sparse.bias import Term
 from subquad.ops.sparse.layout import Layout, segments
+from subquad.ops.sparse.rules import EVERYTHING
 
 # scores of a tile: few enough on a CPU to stay in cache, many enough on a GPU to fill it
 BUDGET = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -50,6 +52,7 @@ class Problem:
     k_pos: Tensor | None = None
     sequences: list[int] | None = None
     sparse_rows: bool = False  # whether a row may see no key
+    stats: bool = True  # whether lse and max are wanted
     _masks: dict = field(default_factory=dict)
 
     @property
@@ -68,7 +71,8 @@ class Problem:
 
     def additive(self, seen: Tensor) -> Tensor:
         """A boolean mask as what is added to the scores."""
-        return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, hidden(self.dtype))
+        shown, not_seen = (torch.full((), x, dtype=self.dtype, device=self.device) for x in (0.0, hidden(self.dtype)))
+        return torch.where(seen, shown, not_seen)
 
 
 class Tile:
@@ -118,10 +122,11 @@ class RunTile(Tile):
 
     def __init__(self, problem: Problem, units: slice, rows: slice, runs: list[slice], masks: list[tuple[slice, Tensor]]) -> None:
         self.problem, self.units, self.rows, self.runs, self.masks = problem, units, rows, runs, masks
+        self.span = units
 
     @cached_property
     def unit_index(self) -> Tensor:  # type: ignore[override]
-        return self.problem.arange(self.units.start, self.units.stop)
+        return self.problem.arange(self.span.start, self.span.stop)
 
     @cached_property
     def q_index(self) -> Tensor:  # type: ignore[override]
@@ -142,16 +147,16 @@ class RunTile(Tile):
         x[self.units, self.rows] = value.unflatten(1, (-1, self.problem.shared))
 
     def add_keys(self, x: Tensor, left: Tensor, right: Tensor) -> None:
-        at = 0
-        for run in self.runs:
-            x[self.units, run].baddbmm_(left[:, at : at + run.stop - run.start], right)
-            at += run.stop - run.start
+        # one product, then sums: a product straight into a slice leaves the batched path of the CPU library
+        sizes = [run.stop - run.start for run in self.runs]
+        for run, part in zip(self.runs, torch.bmm(left, right).split(sizes, 1)):
+            x[self.units, run] += part
 
 
 def run_tiles(p: Problem) -> Iterator[Tile]:
     """Query blocks one after the other, each with the runs of keys its rule names."""
     offsets = [0, p.layout.n] if p.sequences is None else p.sequences
-    for start, stop in zip(offsets, offsets[1:]):
+    for start, stop in pairwise(offsets):
         keys = (start, stop) if p.sequences is not None else (0, p.layout.m)
         if p.q_pos is None and p.k_pos is None:
             yield from _tiles_by_index(p, start, stop, keys)
@@ -182,7 +187,7 @@ def _tiles_by_index(p: Problem, start: int, stop: int, keys: tuple[int, int]) ->
 
 def _partial(p: Problem, first: int, last: int, a: int, b: int) -> Tensor:
     """The mask ``[queries, 1, keys]`` of a partial piece; pieces that look alike share it."""
-    key = (last - first, b - a, p.layout.rule.pattern(first, a, b))
+    key = (last - first, b - a, p.layout.rule.pattern(first, a, b - 1))
     if key not in p._masks:
         seen = p.layout.rule.allowed(p.arange(first, last + 1)[:, None], p.arange(a, b))
         p._masks[key] = p.additive(seen)[:, None]
@@ -261,34 +266,49 @@ class ListTile(Tile):
         p, layout = problem, problem.layout
         self.problem, self.row_ids = problem, rows
         self.units = self.unit_index = rows // layout.q_blocks
+        blocks, kept, clear = self._whole_first(blocks, kept)
         k_unit = self.unit_index // p.groups * p.k_groups + self.unit_index % p.groups * p.k_groups // p.groups
         self.block_ids = k_unit[:, None] * layout.k_blocks + blocks
         q = (rows % layout.q_blocks)[:, None] * layout.block_q + p.arange(0, layout.block_q)
         k = (blocks[:, :, None] * layout.block_k + p.arange(0, layout.block_k)).flatten(1)
         seen = kept.repeat_interleave(layout.block_k, 1) & (k < layout.m)
         self.q_index, self.k_index = q.clamp(max=layout.n - 1), k.clamp(max=layout.m - 1)
-        self.masks = [(slice(None), p.additive(self._seen(seen)))]
+        columns = slice(clear * layout.block_k, k.shape[1])
+        self.masks = [(columns, p.additive(self._seen(seen[:, columns], self.k_index[:, columns])))]
 
-    def _seen(self, seen: Tensor) -> Tensor:
+    def _whole_first(self, blocks: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The lists with the blocks that need no mask in front, and how many such every row has."""
+        p, layout = self.problem, self.problem.layout
+        if p.q_pos is not None or p.k_pos is not None or p.sequences is not None or torch.compiler.is_compiling():
+            return blocks, kept, 0
+        q0 = (self.row_ids % layout.q_blocks)[:, None] * layout.block_q + (layout.m - layout.n)
+        k0 = blocks * layout.block_k
+        whole = kept & (k0 + layout.block_k <= layout.m)
+        whole = whole & layout.rule.covers(q0, q0 + layout.block_q - 1, k0, k0 + layout.block_k - 1)
+        order = whole.byte().sort(dim=1, descending=True, stable=True).indices
+        return blocks.gather(1, order), kept.gather(1, order), int(whole.sum(1).min())
+
+    def _seen(self, seen: Tensor, k_index: Tensor) -> Tensor:
         """``[units, queries or 1, 1, keys]``."""
         p = self.problem
-        k_pos = self.positions(p.k_pos, self.k_index, 0)
+        k_pos = self.positions(p.k_pos, k_index, 0)
         if p.k_pos is not None:
             seen = seen & (k_pos >= 0)
         q_pos = self.positions(p.q_pos, self.q_index, p.layout.m - p.layout.n)
-        pairs = seen[:, None, :] & p.layout.rule.allowed(q_pos[:, :, None], k_pos[:, None, :])
+        pairs = seen[:, None, :]
+        if p.layout.rule != EVERYTHING:
+            pairs = pairs & p.layout.rule.allowed(q_pos[:, :, None], k_pos[:, None, :])
         if p.sequences is not None:
-            ends = torch.tensor(p.sequences[1:], device=self.problem.device)
-            of_q, of_k = (torch.bucketize(x, ends, right=True) for x in (self.q_index, self.k_index))
+            ends = torch.tensor(p.sequences[1:], device=p.device)
+            of_q, of_k = (torch.bucketize(x, ends, right=True) for x in (self.q_index, k_index))
             pairs = pairs & (of_q[:, :, None] == of_k[:, None, :])
         return pairs[:, :, None]
 
     def rows_of(self, x: Tensor) -> Tensor:
-        blocks = x.reshape(self.problem.units * self.problem.layout.q_blocks, -1, *x.shape[3:])
-        return blocks[self.row_ids]
+        return x.view(self.problem.units * self.problem.layout.q_blocks, -1, *x.shape[3:])[self.row_ids]
 
     def keys_of(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.problem.layout.block_k, x.shape[-1])[self.block_ids].flatten(1, 2)
+        return x.view(-1, self.problem.layout.block_k, x.shape[-1])[self.block_ids].flatten(1, 2)
 
     def set_rows(self, x: Tensor, value: Tensor) -> None:
         x.view(self.problem.units * self.problem.layout.q_blocks, -1, *x.shape[3:])[self.row_ids] = value

@@ -1,0 +1,251 @@
+"""LoLCATs: linear attention over the past and softmax over a window, under one normaliser.
+
+    a_ij = g exp(q_i·k_j / √D − c_i)     j in the window of i,  c_i the greatest q_i·k_j / √D there
+    a_ij = f φ_q(q_i)·φ_k(k_j)           j older than the window
+    o_i  = Σ_j a_ij v_j / Σ_j a_ij       φ(x) = [softmax(W x), softmax(−W x)], each ≥ 1e-12
+
+g = sigmoid(window_factor) per head, f = 1 − g with `affine_factors`, else 1. c_i is part of the definition: the window's
+weights are relative to their own maximum, the others absolute, so the window part with its log-sum-exp weighs
+g exp(lse_i − c_i). Two windows: "sw", the last w tokens; "tk" (terrace), the own block of w and the one before it.
+Rotary turns q and k before all else; grouped keys are repeated to the query heads before the map; W is per query head,
+apart for q and k. Zhang et al.: LoLCATs (arXiv 2410.10254); windows and factors as in HazyResearch/lolcats.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from subquad.checks import InputError, compute_dtype
+from subquad.contract import Attention, Call, Card, Shape, register
+from subquad.ops.common import expand_heads
+from subquad.ops.feature_maps import project_heads, softmax_halves
+from subquad.ops.linear import linear_attention
+from subquad.ops.sparse import Layout, sparse_attention
+from subquad.ops.sparse.stream import Stream
+from subquad.rotary import Rotary, rotate
+from subquad.state import State
+
+START = -2.1972245773362196  # of the window factor: its sigmoid is 0.1
+
+
+def _held(window: int, window_form: str) -> int:
+    """P, the tokens kept: all that a window may still see."""
+    return window if window_form == "sw" else 2 * window
+
+
+def _flops(s: Shape, window: int = 64, window_form: str = "sw", feature_dim: int = 64, **_: object) -> float:
+    near = min(s.tokens, _held(window, window_form)) * (s.head_dim + s.values)
+    far = 2 * s.head_dim * feature_dim + 4 * feature_dim * (s.values + 1)
+    return 2 * s.batch * s.tokens * s.heads * (near + far)
+
+
+def _state_bytes(s: Shape, window: int = 64, window_form: str = "sw", feature_dim: int = 64, **_: object) -> float:
+    sums = s.heads * 2 * feature_dim * (s.values + 1) * max(4, s.itemsize)
+    return s.batch * (sums + _held(window, window_form) * s.kv * (s.head_dim + s.values) * s.itemsize)
+
+
+CARD = Card(
+    title="LoLCATs",
+    paper="arXiv 2410.10254",
+    family="hybrid",
+    summary="Softmax over a short window and learned linear attention over all before it, under one normaliser.",
+    causal=True,
+    recurrent=True,
+    flops=_flops,
+    bytes_moved=lambda s, **_: s.tensor_bytes,
+    state_bytes=_state_bytes,
+    keeps="for each of {heads} heads a sum over tokens of 2·{feature_dim} features × ({value_dim} + 1) numbers in float32, and "
+    "the keys and values of the window ({window}, {window_form}) of {kv_heads} heads",
+)
+
+
+@register("lolcats")
+class Lolcats(Attention):
+    """Linear attention plus a softmax window.
+
+    Args:
+        window: w.
+        window_form: "sw", the last w tokens, or "tk", the own block of w tokens and the one before it.
+        feature_dim: F, the width of W x; there are 2F features.
+        affine_factors: the linear part is weighed by 1 − g instead of 1.
+        init: W is the identity (its first F columns), a map that follows q·k from the start, or drawn as the released
+            code does ("kaiming").
+    """
+
+    card = CARD
+
+    def __init__(
+        self, heads: int, head_dim: int, *, window: int = 64, window_form: Literal["sw", "tk"] = "sw", feature_dim: int = 64,
+        affine_factors: bool = False, init: Literal["identity", "kaiming"] = "identity", **sizes: object,
+    ) -> None:  # fmt: skip
+        super().__init__(heads, head_dim, **sizes)  # type: ignore[arg-type]
+        for name, value, known in (("window_form", window_form, ("sw", "tk")), ("init", init, ("identity", "kaiming"))):
+            if value not in known:
+                raise InputError(name, repr(value), " or ".join(known))
+        for name, size in (("window", window), ("feature_dim", feature_dim)):
+            if not isinstance(size, int) or size < 1:
+                raise InputError(name, size, "a positive integer")
+        self.window, self.window_form, self.feature_dim = window, window_form, feature_dim
+        self.affine_factors, self.init, self.held = affine_factors, init, _held(window, window_form)
+        for name in ("W_q", "W_k"):
+            weight = torch.eye(head_dim, feature_dim).repeat(heads, 1, 1)
+            if init == "kaiming":
+                weight = torch.empty_like(weight).uniform_(-(head_dim**-0.5), head_dim**-0.5)
+            self.register_parameter(name, nn.Parameter(weight))
+        self.window_factor = nn.Parameter(torch.full((heads,), START))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        q, k = rotate(call.rotary, q, k)
+        if call.state is not None and call.cu_seqlens is None and q.shape[1] == 1:
+            return step(self, q, k, v, call.state)
+        return forward(self, q, k, v, call)
+
+    def features(self, name: Literal["W_q", "W_k"], x: Tensor) -> Tensor:
+        """φ of rotated queries or keys ``[B, N, ·, D]``, in float32 or float64: ``[B, N, H, 2F]``."""
+        return softmax_halves(project_heads(expand_heads(x, self.heads), self.get_parameter(name)))
+
+    def layout(self, n: int, m: int) -> Layout:
+        return Layout.window(n, self.window, m=m) if self.window_form == "sw" else Layout.terrace(n, self.window, m)
+
+    def past_of(self, position: Tensor) -> Tensor:
+        """The first key position that a query's window reaches; all before it are its past."""
+        w = self.window
+        return position - w + 1 if self.window_form == "sw" else (position // w - 1) * w
+
+    def combine(self, near: tuple[Tensor, Tensor, Tensor], far: Tensor, dtype: torch.dtype) -> Tensor:
+        """One normaliser over the window's (o, lse, max) and the past's sums ``[B, N, H, V + 1]``, the last the weights'."""
+        o, lse, top = near
+        g = self.window_factor.to(o.dtype).sigmoid()
+        near_mass = (g * (lse - top).exp())[..., None]
+        far = far * (1 - g)[:, None] if self.affine_factors else far
+        return ((near_mass * o + far[..., :-1]) / (near_mass + far[..., -1:])).to(dtype)
+
+
+def with_ones(v: Tensor, real: Tensor) -> Tensor:
+    """Values and a column of ones, whose sums are the weights' own; both 0 where a token is not `real` ``[B|1, N]``."""
+    return torch.cat([v, torch.ones_like(v[..., :1])], -1) * real[..., None, None]
+
+
+def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Any number of tokens, from the start or behind a state, in a batch or packed; linear in the tokens."""
+    given, dtype, device = q.dtype, compute_dtype(q), q.device
+    rows = q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    if call.state is None:
+        length = torch.zeros(rows, dtype=torch.long, device=device)
+        held = [x.new_zeros(rows, module.held, *x.shape[2:]) for x in (k, v)]
+        sums = torch.zeros(rows, module.heads, 2 * module.feature_dim, v.shape[-1] + 1, dtype=dtype, device=device)
+    else:
+        length, held, sums = call.state.length, [call.state["k"], call.state["v"]], call.state["S"]
+    q, k, v, k_held, v_held = (x.to(dtype) for x in (q, k, v, *held))
+    stream = Stream(module.held, rows, q.shape[1], call.cu_seqlens, device)
+    joined = stream.join(k_held, k), stream.join(v_held, v)
+    if call.state is None:
+        layout = module.layout(q.shape[1], q.shape[1])
+        near = sparse_attention(q, k, v, layout, cu_seqlens=call.cu_seqlens, return_lse=True, return_max=True)
+    else:
+        near = window_behind(module, q, *joined, stream, length)
+    past = sliding_past if module.window_form == "sw" else terrace_past
+    far, sums = past(module, q, *joined, stream, length, sums, call.cu_seqlens)
+    o = module.combine(near, far, given)
+    if not call.return_state:
+        return o, None
+    k, v = (stream.last(x, module.held).to(given) for x in joined)
+    return o, {"S": sums, "k": k, "v": v}
+
+
+def window_behind(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, stream: Stream, length: Tensor) -> tuple[Tensor, ...]:
+    """(o, lse, max) over the window, new queries against joined keys, by position."""
+    new = stream.positions(length)
+    before = length[:, None] + torch.arange(-module.held, 0, device=q.device)
+    q, q_pos, k_pos = stream.pad(q), stream.pad(new, -1), stream.join(before, new)
+    near = sparse_attention(
+        q, k, v, module.layout(q.shape[1], k.shape[1]), q_pos=q_pos, k_pos=k_pos, cu_seqlens=stream.cu_seqlens,
+        return_lse=True, return_max=True,
+    )  # fmt: skip
+    return tuple(stream.unpad(x) for x in near)
+
+
+def sliding_past(
+    module: Lolcats, q: Tensor, k: Tensor, v: Tensor, stream: Stream, length: Tensor, sums: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Keys enter the past w tokens late: a causal pass over keys and values delayed by w gives it exactly."""
+    v = with_ones(stream.delayed(v), stream.positions(length) >= module.window)
+    fq, fk = module.features("W_q", q), module.features("W_k", stream.delayed(k))
+    return linear_attention(fq, fk, v, scale=1.0, initial_state=sums, return_state=True, cu_seqlens=cu_seqlens)
+
+
+def terrace_past(
+    module: Lolcats, q: Tensor, k: Tensor, v: Tensor, stream: Stream, length: Tensor, sums: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """All queries of a block of w see the same past, the blocks before the last: sums by block, then a running sum.
+
+    Rows are laid out in whole blocks from position `length` − `late` − 2w on: 2w kept tokens, then the new ones.
+    """
+    w, device, late = module.window, q.device, (length % module.window)[:, None]
+    count = torch.full_like(length, q.shape[1]) if cu_seqlens is None else cu_seqlens.diff().long()
+    longest = q.shape[1] if cu_seqlens is None else int(count.max()) if count.numel() else 0
+    blocks = -(-(longest + w - 1) // w)  # of queries
+
+    def rows(x: Tensor, index: Tensor, offsets: Tensor | None) -> Tensor:
+        """Tokens `index` ``[R, T]`` of every row, cut into blocks; index is clamped where there is no such token."""
+        index = index.clamp(min=0)
+        if offsets is None:
+            taken = x[torch.arange(x.shape[0], device=device)[:, None], index.clamp(max=max(0, x.shape[1] - 1))]
+        else:
+            taken = x[0, (offsets[:-1, None].long() + index).clamp(max=x.shape[1] - 1)]
+        return taken.unflatten(1, (-1, w))
+
+    at = torch.arange((blocks + 2) * w, device=device) - late
+    position = at + length[:, None] - 2 * w
+    real = (at >= 0) & (at < 2 * w + count[:, None]) & (position >= module.past_of(length - 1)[:, None].clamp(min=0))
+    fk = module.features("W_k", rows(k, at, stream.cu_seqlens).flatten(1, 2)).unflatten(1, (-1, w))
+    v = with_ones(rows(v, at, stream.cu_seqlens).flatten(1, 2), real)
+    v = expand_heads(v, module.heads).unflatten(1, (-1, w))
+    kv = torch.einsum("rbwhf,rbwhv->rbhfv", fk, v)
+    before = torch.cat([sums[:, None], kv], 1).cumsum(1)  # before[:, b] holds all blocks below b
+    left = (module.past_of(length + count - 1) - (length - late[:, 0] - 2 * w)) // w
+    kept = before[torch.arange(left.shape[0], device=device), left]
+    if not q.shape[1]:
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), kept
+    fq = module.features("W_q", rows(q, at[:, 2 * w :] - 2 * w, cu_seqlens).flatten(1, 2)).unflatten(1, (-1, w))
+    far = torch.einsum("rbwhf,rbhfv->rbwhv", fq, before[:, 1 : blocks + 1]).flatten(1, 2)
+    if cu_seqlens is None:
+        token = torch.arange(longest, device=device) + late
+        return far[torch.arange(far.shape[0], device=device)[:, None], token], kept
+    return far[stream.row, stream.offset + late[stream.row, 0]][None], kept
+
+
+def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
+    """One token: what leaves the window enters the sums, then the token sees both."""
+    given, dtype, w = q.dtype, compute_dtype(q), module.window
+    length = state.length[:, None]
+    k, v = torch.cat([state["k"], k], 1), torch.cat([state["v"], v], 1)
+    k_pos = length + torch.arange(-module.held, 1, device=q.device)
+    wide_q, wide_k, wide_v = (x.to(dtype) for x in (q, k, v))
+    leaving = 1 if module.window_form == "sw" else w
+    real = k_pos[:, :leaving] >= 0
+    real = real if module.window_form == "sw" else real & (length % w == 0)
+    gone = expand_heads(with_ones(wide_v[:, :leaving], real), module.heads)
+    sums = state["S"] + module.features("W_k", wide_k[:, :leaving]).permute(0, 2, 3, 1) @ gone.transpose(1, 2)
+    layout = module.layout(1, module.held + 1)
+    near = sparse_attention(wide_q, wide_k, wide_v, layout, q_pos=length, k_pos=k_pos, return_lse=True, return_max=True)
+    far = (module.features("W_q", wide_q).transpose(1, 2) @ sums).transpose(1, 2)
+    return module.combine(near, far, given), {"S": sums, "k": k[:, 1:], "v": v[:, 1:]}
+
+
+def reference(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, *, rotary: Rotary | None = None, **_: object) -> Tensor:
+    q, k = rotate(rotary, q, k)
+    k, v = (x.repeat_interleave(module.heads // module.kv_heads, 2) for x in (k, v))
+    y_q, y_k = torch.einsum("bnhd,hdf->bnhf", q, module.W_q), torch.einsum("bnhd,hdf->bnhf", k, module.W_k)
+    fq, fk = (torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp(min=1e-12) for y in (y_q, y_k))
+    i, w = torch.arange(q.shape[1], device=q.device)[:, None], module.window
+    j, start = i.T, i - w + 1 if module.window_form == "sw" else (i // w - 1) * w
+    near, far = (j <= i) & (j >= start), j < start
+    s = (torch.einsum("bnhd,bmhd->bhnm", q, k) * module.head_dim**-0.5).masked_fill(~near, -torch.inf)
+    g = module.window_factor.sigmoid()[:, None, None]
+    a = g * (s - s.amax(-1, keepdim=True)).exp() if s.numel() else s
+    a = a + (1 - g if module.affine_factors else 1) * far * torch.einsum("bnhf,bmhf->bhnm", fq, fk)
+    return torch.einsum("bhnm,bmhv->bnhv", a / a.sum(-1, keepdim=True), v)

@@ -60,6 +60,7 @@ def linear_attention(
     else:
         state = initial_state.to(dtype)
 
+    # the one place that chooses a path
     if q.shape[1] == 1 and cu_seqlens is None:
         o, state = linear_step(q, k, v, log_decay, state, scale)
     else:

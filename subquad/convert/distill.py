@@ -177,7 +177,9 @@ class _Run:
 
     def __init__(self, pupils: Pupils, steps: int, lr: float, keeper: Checkpoints | None) -> None:
         named = [(f"{m.path}.mechanism.{name}", p) for m in pupils.values() for name, p in m.mechanism.named_parameters()]
-        self.parameters, self.layers = dict(named), list(pupils)
+        self.live, self.layers = dict(named), list(pupils)
+        # Steps would be lost in 16 bits: such parameters are rounded copies of these.
+        self.parameters = {name: nn.Parameter(p.detach().float()) if p.dtype.itemsize < 4 else p for name, p in named}
         self.steps, self.lr, self.keeper = steps, lr, keeper
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=BETAS, weight_decay=0.0)
         self.step, self.resumed_from, self.tokens = 0, 0, 0
@@ -194,13 +196,24 @@ class _Run:
         wrong = next((i for i, loss in zip(self.layers, losses) if not math.isfinite(loss)), None)
         if wrong is not None:
             raise InputError("lr", self.lr, f"a smaller one: the loss of layer {wrong} is not finite at step {self.step + 1}")
+        for name, p in self.live.items():
+            self.parameters[name].grad = None if p.grad is None else p.grad.to(self.parameters[name].dtype)
+            if p is not self.parameters[name]:
+                p.grad = None
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * schedule(self.step, self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._publish()
         self.step += 1
         self.tokens += tokens
         self.history.append(losses)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for name, p in self.live.items():
+            if p is not self.parameters[name]:
+                p.copy_(self.parameters[name])
 
     @property
     def elapsed(self) -> float:
@@ -223,6 +236,7 @@ class _Run:
                 x = saved.tensors.get(f"optimizer.{name}.{key}")
                 if x is not None:
                     self.optimizer.state[p][key] = x if key == "step" else x.to(p.device)
+        self._publish()
         self.step = self.resumed_from = saved.step
         self.tokens, self.seconds = int(saved.tensors["tokens"]), saved.seconds
         self.history = saved.tensors["losses"].tolist()

@@ -19,6 +19,8 @@ from subquad.convert.module import SwappedAttention
 Pupils = Mapping[int, SwappedAttention]
 Teach = Callable[[dict[str, Any]], tuple[list[float], int]]
 
+LOSS_WEIGHT = 1000.0  # the paper's; it keeps 16-bit gradients in range, and AdamW is indifferent to it
+
 
 def transfer_loss(output: Tensor, target: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean squared error over the target's mean square.
@@ -44,7 +46,6 @@ def lessons(student: nn.Module, teacher: nn.Module, pupils: Pupils) -> Iterator[
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_frozen(student, teacher, pupils))
-        stack.enter_context(_float32(pupils, teacher))
         if teacher is student:
             stack.enter_context(_originals(student))
         given = [_Lesson(module, *_taught(teacher, module)) for module in pupils.values()]
@@ -104,7 +105,7 @@ class _Lesson:
         target, real = given[0].to(device), _moved(self.real, device)
         with torch.enable_grad():
             loss = transfer_loss(self.pupil.heads_output(*args, **kwargs), target, real)
-            loss.backward()
+            (LOSS_WEIGHT * loss).backward()
         self.loss, self.inputs = loss.detach(), ((), {})
         self.tokens = target.shape[0] * target.shape[1] if real is None else int(real.sum())
 
@@ -163,22 +164,6 @@ def _frozen(student: nn.Module, teacher: nn.Module, pupils: Pupils) -> Iterator[
             p.requires_grad_(flag)
         for part, mode in modes:
             part.training = mode
-
-
-@contextlib.contextmanager
-def _float32(pupils: Pupils, teacher: nn.Module) -> Iterator[None]:
-    """The pupils' 16-bit weights as float32: steps of an optimizer are lost in 16 bits."""
-    narrow = [(p, p.dtype) for module in pupils.values() for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-    shared = {id(p) for p in teacher.parameters()}
-    if any(id(p) in shared for p, _ in narrow):
-        raise InputError("teacher", "sharing 16-bit weights with the student", "a copy, or weights in float32")
-    try:
-        for p, _ in narrow:
-            p.data = p.data.float()
-        yield
-    finally:
-        for p, dtype in narrow:
-            p.data = p.data.to(dtype)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,75 @@
+"""A run for test_distill_resume: `python killed_run.py OUT` distils in forked children that are killed, then one that is not.
+
+Prints a digest of the weights of the run that was killed, and of one that was not. A child is killed as soon as a checkpoint of
+the given step appears, or while it is being written.
+"""
+
+import copy
+import hashlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from toy_mechanisms import ToyTemperature, tiny_llama
+
+from subquad.contract import register
+from subquad.convert.distill import distill
+from subquad.convert.swap import swap
+
+STEPS = 12
+
+
+class Slow(list):
+    """Batches that take a moment each, so that there is a moment to kill in."""
+
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+
+def run(out):
+    torch.manual_seed(3)
+    teacher = tiny_llama()
+    student = swap(copy.deepcopy(teacher), "toy-temperature", noise=0.2)
+    data = Slow(torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(5))
+    result = distill(student, teacher, data, steps=STEPS, out=out, save_every=2, progress=False)
+    digest = hashlib.sha256()
+    for name, tensor in student.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    digest.update(repr((result.layer_losses, result.tokens)).encode())
+    return digest.hexdigest(), result.resumed_from
+
+
+def killed(out, step, drafts):
+    """Run in a child, and kill it when the checkpoint of `step` is there (or, with `drafts`, any draft after it)."""
+    child = os.fork()
+    if not child:
+        run(out)
+        os._exit(0)
+    found = out / "checkpoint"
+    end = time.time() + 60
+    while time.time() < end:
+        there = [p.name for p in found.iterdir()] if found.exists() else []
+        done = any(name.startswith("step-") and int(name[5:]) >= step for name in there)
+        if done and (not drafts or any(name.startswith(".draft") for name in there)):
+            break
+        time.sleep(2e-4)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def main(out):
+    register("toy-temperature")(ToyTemperature)
+    for step, drafts in ((0, False), (4, True), (8, False)):
+        assert os.WIFSIGNALED(killed(out, step, drafts)), "the run ended before it was killed"
+    digest, resumed_from = run(out)
+    print(digest, resumed_from)
+    print(*run(None))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

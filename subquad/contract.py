@@ -269,8 +269,9 @@ class Attention(nn.Module):
                 raise InputError("grid", tuple(grid), f"sides whose product is the number of tokens, {q.shape[1]}")
             if cu_seqlens is not None and not torch.compiler.is_compiling() and any(n != tokens for n in cu_seqlens.diff().tolist()):
                 raise InputError("grid", tuple(grid), f"sides whose product is the length of every sequence, {cu_seqlens.diff().tolist()}")
-        if (state is not None or return_state) and not card.causal:
-            raise InputError("state" if state is not None else "return_state", "given", f"none: {card.name} is not causal")
+        if (state is not None or return_state) and not (card.causal and getattr(self, "causal", True)):
+            why = f"none: {card.name} is not causal" + (" (it was made with causal=False)" if card.causal else "")
+            raise InputError("state" if state is not None else "return_state", "given", why)
         if state is not None:
             if not isinstance(state, State):
                 raise InputError("state", type(state).__name__, "a State returned by an earlier call")

@@ -1,0 +1,1 @@
+"""Layers: projections, rotary, gates and norms around a mechanism."""

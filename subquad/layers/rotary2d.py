@@ -1,0 +1,31 @@
+"""Two-dimensional rotary angles for tokens on a grid."""
+
+from __future__ import annotations
+
+import torch
+
+from subquad.checks import InputError
+from subquad.rotary import Rotary
+
+
+def rala_rotary(grid: tuple[int, int], head_dim: int, *, device: torch.device | str | None = None) -> Rotary:
+    """RALA's rotary (arXiv 2411.07635): the first half of the channels turns with the row, the second with the column.
+
+    D/4 frequencies 10000^−linspace(0, 1, D/4), each for a pair of adjacent channels. Tokens stand row by row.
+
+    >>> rala_rotary((14, 14), 64).cos.shape
+    torch.Size([196, 64])
+
+    Args:
+        grid: (rows, columns).
+        head_dim: D, a multiple of 4.
+    """
+    if head_dim < 4 or head_dim % 4:
+        raise InputError("head_dim", head_dim, "a multiple of 4: pairs of channels for rows and for columns")
+    if len(grid) != 2 or min(grid) < 1:
+        raise InputError("grid", tuple(grid), "(rows, columns)")
+    frequency = 10000.0 ** -torch.linspace(0, 1, head_dim // 4, device=device).repeat_interleave(2)  # [D/2]
+    rows, columns = (torch.arange(side, device=device, dtype=torch.float32)[:, None] * frequency for side in grid)
+    across = (grid[0], grid[1], head_dim // 2)
+    angle = torch.cat([rows[:, None].expand(across), columns[None].expand(across)], -1).flatten(0, 1)
+    return Rotary(angle.cos(), angle.sin(), interleaved=True)

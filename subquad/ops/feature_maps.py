@@ -1,0 +1,120 @@
+"""Feature maps φ of linear attention: each takes ``[…, D]`` to ``[…, F]``, by name.
+
+The features of some maps are r·D wide, r copies of D channels side by side ("halves").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.checks import InputError, compute_dtype, nearest
+from subquad.ops.common import full_precision
+
+FeatureMap = Callable[[Tensor], Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+def elu1(x: Tensor) -> Tensor:
+    """elu(x) + 1 > 0 (Katharopoulos et al., arXiv 2006.16236), without the rounding of expm1(x) + 1 at very negative x."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the channels."""
+    return x.softmax(-1)
+
+
+def exp_halves(y: Tensor) -> Tensor:
+    """[exp(y), exp(−y)], 2D wide (Hedgehog, arXiv 2402.04347); |y| is cut where sums of products would overflow.
+
+    The cut, 31 in float32 and 248 in float64, leaves room for e^{2·31} times 10¹¹ keys: below it the map is exact.
+    """
+    limit = 0.35 * torch.tensor(torch.finfo(y.dtype).max, dtype=torch.float64).log().item()
+    y = y.clamp(-limit, limit)
+    return torch.cat([y, -y], -1).exp()
+
+
+def softmax_halves(y: Tensor) -> Tensor:
+    """[softmax(y), softmax(−y)], 2D wide, each half on its own and at least 1e-12 (Hedgehog as in LoLCATs' code)."""
+    return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp(min=1e-12)
+
+
+def softmax2(y: Tensor) -> Tensor:
+    """softmax([2y, −2y]), 2D wide, one softmax over both halves (Hedgehog as in flash-linear-attention)."""
+    return torch.cat([2 * y, -2 * y], -1).softmax(-1)
+
+
+def sign_cube(x: Tensor) -> Tensor:
+    """[relu(x)³, relu(−x)³], 2D wide: NaLaFormer's map of keys (arXiv 2506.21137)."""
+    return torch.cat([x.relu() ** 3, (-x).relu() ** 3], -1)
+
+
+def norm_power(x: Tensor) -> Tensor:
+    """[relu(d)^p, relu(−d)^p] with d = x/‖x‖ and p = 3 (½ + tanh‖x‖), 2D wide: NaLaFormer's map of queries.
+
+    Zero vectors, and zero channels, have zero features and finite gradients.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm = norm.where(norm > 0, 1)
+    size = x.abs().where(x != 0, 1)
+    power = (3 * (0.5 + norm.tanh()) * (size.log() - norm.log())).exp()
+    return torch.cat([power.where(x > 0, 0), power.where(x < 0, 0)], -1)
+
+
+def taylor2(x: Tensor) -> Tensor:
+    """Second-order Taylor map of exp(q·k/√D): φ(q)·φ(k) = 1 + s + s²/2, s = q·k/√D (Based, arXiv 2402.18668).
+
+    [1, x_i / D^¼, x_i² / √(2D), x_i x_j / √D for i < j]: 1 + D + D(D+1)/2 features, the compact form of all D² products.
+    """
+    width = x.shape[-1]
+    y = x * width**-0.25
+    pairs = [y[..., i : i + 1] * y[..., i + 1 :] for i in range(width - 1)]  # slices: indexing pairs is 5 times slower
+    return torch.cat([torch.ones_like(x[..., :1]), y, y.square() * 0.5**0.5, *pairs], -1)
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "identity": identity,
+    "elu1": elu1,
+    "relu": torch.relu,
+    "exp": torch.exp,
+    "silu": F.silu,
+    "softmax": softmax,
+    "exp_halves": exp_halves,
+    "softmax_halves": softmax_halves,
+    "softmax2": softmax2,
+    "sign_cube": sign_cube,
+    "norm_power": norm_power,
+    "taylor2": taylor2,
+}
+
+
+@full_precision
+def project_heads(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear map per head, x ``[B, N, H, D]`` by weight ``[H, D, F]`` and bias ``[H, F]``, in float32 or float64."""
+    dtype = compute_dtype(x)
+    y = (x.to(dtype).transpose(1, 2) @ weight.to(dtype)).transpose(1, 2)
+    return y if bias is None else y + bias
+
+
+def feature_map(name: str | FeatureMap | None) -> FeatureMap:
+    """The map of that name; a function stands for itself, None for the identity.
+
+    >>> feature_map("elu1")(torch.zeros(2))
+    tensor([1., 1.])
+    """
+    if name is None:
+        return identity
+    if callable(name):
+        return name
+    if not isinstance(name, str):
+        raise InputError("feature_map", type(name).__name__, "a name, a function or None")
+    if name not in FEATURE_MAPS:
+        raise nearest("feature_map", name, FEATURE_MAPS, "feature map")
+    return FEATURE_MAPS[name]

@@ -74,6 +74,55 @@ def test_based():
 
 
 @pytest.mark.parametrize(
+    "slopes, layer, log_decays",
+    [
+        # ALiBi's slopes of three heads: those of two, 2⁻⁴ and 2⁻⁸, then the first of four, 2⁻²; in the middle of three layers half of it
+        ("alibi", (1, 3), [-(2**-s) * (0.5 + 1e-5) for s in (4, 8, 2)]),
+        ("paper", (1, 3), [-8 * h / 3 * (2 / 3) for h in range(3)]),
+        ("paper", (0, 3), [0, -8 / 3, -16 / 3]),
+    ],
+)
+def test_lightning(slopes, layer, log_decays):
+    # no scale and no denominator: q·k = 2, one token apart decays once, two tokens twice
+    module = subquad.attention("lightning", 3, 2, layer=layer, slopes=slopes).to(DEVICE)
+    x = torch.ones(1, 3, 3, 2, dtype=torch.float64, device=DEVICE)
+    v = torch.zeros_like(x)
+    v[:, 0, :, 0], v[:, 1, :, 1] = 1, 1
+    o = module(x, x, v)
+    torch.testing.assert_close(subquad.reference("lightning")(module, x, x, v), o)
+    for head, g in enumerate(log_decays):
+        expect(o[0, :, head].cpu(), [2, 0], [2 * math.exp(g), 2], [2 * math.exp(2 * g), 2 * math.exp(g)])
+
+
+def test_gla():
+    # √D = 2; channel 0 halves and channel 1 quarters at the second token, channel 0 halves again at the third
+    q, k = tokens(*[[1, 1, 0, 0]] * 3), tokens([2, 4, 0, 0], [0, 2, 0, 0], [6, 0, 0, 0])
+    log_decay = -LN2 * tokens([9, 9, 9, 9], [1, 2, 0, 0], [1, 0, 0, 0])
+    expect(weights("gla", q, k, log_decay=log_decay), [3, 0, 0], [(1 + 1) / 2, 1, 0], [(0.5 + 1) / 2, 1, 3])
+
+
+def delta(name, k, beta, log_decay=None):
+    """Queries are the keys; without the activation q and k have norm 1 (up to 1e-6)."""
+    gate = {} if log_decay is None else {"log_decay": torch.tensor(log_decay, dtype=torch.float64, device=DEVICE)[None, :, None]}
+    beta = torch.tensor(beta, dtype=torch.float64, device=DEVICE)[None, :, None]
+    return weights(name, k, k, options={"qk_activation": "none"}, beta=beta, **gate)
+
+
+@pytest.mark.parametrize("name, decays", [("deltanet", None), ("gated-deltanet", [0.0] * 4)])
+def test_delta_rule(name, decays):
+    # √D = 2. β = 1 stores a value and recalls it whole; the same key again replaces it; a step of ½ goes half way
+    a, b = [3, 0, 0, 0], [0, 5, 0, 0]
+    stored = delta(name, tokens(a, b, a, a), [1, 1, 1, 0.5], decays)
+    expect(stored, [0.5, 0, 0, 0], [0, 0.5, 0, 0], [0, 0, 0.5, 0], [0, 0, 0.25, 0.25])
+
+
+def test_gated_delta_rule():
+    # the state halves before the second token, so half of the first value is left to be corrected by half
+    found = delta("gated-deltanet", tokens([1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]), [1, 0.5, 0], [-9.0, -LN2, 0.0])
+    expect(found, [0.5, 0, 0], [0.125, 0.25, 0], [0, 0, 0])
+
+
+@pytest.mark.parametrize(
     "feature_map, x, same, other",
     [
         # softmax of (ln 3, 0) is (3/4, 1/4), of its negative (1/4, 3/4)

@@ -162,3 +162,22 @@ def test_rotary_gradients(case):
     expected = gradients(module, x, lambda leaves: case.define(module, leaves, rotary))
     found = gradients(module, x, lambda leaves: case.run(module, leaves, rotary=rotary))
     assert_all_close(found, expected, 1e-10, "gradient of")
+
+
+@pytest.mark.parametrize("layer", [(0, 3), (1, 3), (2, 3)], ids=str)
+@every(with_variants=True)
+def test_depth(case, layer):
+    """Constants that depend on the layer's place."""
+    module = case.make(layer=layer)
+    x = case.inputs(100, module)
+    assert_close(case.run(module, x), case.define(module, x), 1e-10)
+
+
+@every(with_variants=True)
+def test_constants_keep_their_precision(case):
+    """Constants are as exact as the inputs' dtype: not rounded for good when a module is cast to bfloat16, nor kept in float32."""
+    module = case.make(torch.bfloat16, layer=(1, 3))
+    cast_back, fresh = case.twin(module, torch.float64), case.twin(module, torch.float64)
+    cast_back.to(torch.bfloat16).double()
+    x = case.inputs(100, fresh, dtype=torch.float64)
+    assert_close(case.run(cast_back, x), case.run(fresh, x), 1e-6)

@@ -21,6 +21,7 @@ from subquad.bench.progress import bar
 from subquad.bench.quality import device_of, evaluating
 from subquad.contract import Attention, Card, Shape
 
+_LONG = 2.0  # seconds: a prefill this long is not repeated
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
@@ -146,7 +147,7 @@ class Timing:
 def timings(
     model: Any, tokens: Tensor, lengths: Sequence[int] = (256, 1024, 2048), *, decoded: int = 16, repeats: int = 2, progress: bool = False
 ) -> list[Timing]:
-    """Prefill time (best of `repeats`), decode time (median of `decoded` steps) and the cache's size at each length.
+    """Prefill time (best of `repeats`, or of one that takes long), decode time (median of `decoded` steps) and the cache's size at each length.
 
     `tokens` ``[T]`` are cut to each length, or repeated to reach it.
     """
@@ -160,8 +161,11 @@ def timings(
                 begin = time.perf_counter()
                 out = _prefill(model, ids)
                 synchronize(device)
-                best = min(best, time.perf_counter() - begin)
+                spent = time.perf_counter() - begin
+                best = min(best, spent)
                 advance()
+                if spent > _LONG:
+                    break
             size = cache_bytes(out.past_key_values)
             found.append(Timing(length, best, _decode_ms(model, out, decoded), decoded, size))
     return found

@@ -1,19 +1,12 @@
-from subquad.ops.merge import merge as merge
-from subquad.ops.moments import (
-    Moments as Moments,
-)  # fmt: skip
-from subquad.ops.moments import (
-    apply_moments as apply_moments,
-)
-from subquad.ops.moments import (
-    gather_moments as gather_moments,
-)
-from subquad.ops.moments import (
-    mean_features as mean_features,
-)
-from subquad.ops.moments import (
-    moment_attention as moment_attention,
-)
-from subquad.ops.sparse import Layout as Layout
-from subquad.ops.sparse import RelativeBias as RelativeBias
-from subquad.ops.sparse import sparse_attention as sparse_attention
+"""The primitives: what nearly every mechanism is composed of."""
+
+from subquad.ops.delta import delta_rule
+from subquad.ops.linear import linear_attention
+from subquad.ops.merge import merge
+from subquad.ops.moments import Moments, apply_moments, gather_moments, mean_features, moment_attention
+from subquad.ops.sparse import Layout, RelativeBias, sparse_attention
+
+__all__ = [
+    "Layout", "Moments", "RelativeBias", "apply_moments", "delta_rule", "gather_moments", "linear_attention", "mean_features", "merge",
+    "moment_attention", "sparse_attention",
+]  # fmt: skip

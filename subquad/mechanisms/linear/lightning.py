@@ -88,8 +88,15 @@ class Lightning(Attention):
         if feature_map not in FEATURE_MAPS:
             raise nearest("feature_map", feature_map, FEATURE_MAPS, "feature map of lightning")
         self.slopes, self.feature_map = slopes, feature_map
-        decays = torch.tensor(log_decays(slopes, heads, self.layer), dtype=torch.float64)
-        self.register_buffer("log_decay", decays, persistent=False)
+        self.register_buffer("log_decay", self._decays(), persistent=False)
+
+    def _decays(self, device: torch.device | None = None) -> Tensor:
+        return torch.tensor(log_decays(self.slopes, self.heads, self.layer), dtype=torch.float64, device=device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Lightning:
+        super()._apply(fn, recurse)
+        self.log_decay = self._decays(self.log_decay.device)  # moves with the module, but is never rounded to its dtype
+        return self
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         if self.feature_map == "silu":

@@ -29,7 +29,8 @@ check: .venv/.ready  ## format, lint, types and the fast tests: before each comm
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PYTEST) -n $(WORKERS) -m "not slow" tests/test_package.py tests/test_docs.py tests/ops
+	@$(PY) docs/readme.py --check
+	@$(PYTEST) -n $(WORKERS) -m "not slow" tests/ops tests/test_contract.py tests/test_package.py tests/test_docs.py
 
 format: .venv/.ready  ## rewrite the code in the project's format
 	@$(PY) -m ruff check --fix .

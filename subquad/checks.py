@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, *, name: str = "cu_se
     if torch.compiler.is_compiling():
         return  # values cannot be read while tracing
     ends = cu_seqlens.tolist()
-    if len(ends) < 1 or ends[0] != 0 or ends[-1] != q.shape[1] or any(a > b for a, b in zip(ends, ends[1:])):
+    if len(ends) < 1 or ends[0] != 0 or ends[-1] != q.shape[1] or any(a > b for a, b in pairwise(ends)):
         shown = ends if len(ends) <= 6 else f"[{ends[0]}, …, {ends[-1]}]"
         raise InputError(name, shown, f"offsets that rise from 0 to the number of tokens, {q.shape[1]}")
 

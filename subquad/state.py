@@ -69,9 +69,7 @@ class State:
         """The same state with `change` applied to every batch-first tensor, the recording included."""
         new = type(self)({name: change(x) for name, x in self.tensors.items()}, change(self.length), self.origin)
         new.recording = self.recording
-        new.steps = tuple(
-            replace(s, before=s.before.map(change), inputs={n: change(x) for n, x in s.inputs.items()}) for s in self.steps
-        )
+        new.steps = tuple(replace(s, before=s.before.map(change), inputs={n: change(x) for n, x in s.inputs.items()}) for s in self.steps)
         return new
 
     def reorder(self, index: Tensor) -> State:

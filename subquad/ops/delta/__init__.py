@@ -50,18 +50,18 @@ def delta_rule(
     dtype = compute_dtype(q)
     q = expand_heads(q, heads if q.shape[2] < state_heads else q.shape[2])
     k, v = expand_heads(k, state_heads), expand_heads(v, state_heads)
-    scaled = q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if initial_state is None:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         initial_state = torch.zeros(rows, state_heads, k.shape[3], v.shape[3], dtype=dtype, device=q.device)
     state = initial_state.to(dtype)
     # the one place that chooses a path
     if q.shape[1] == 1 and cu_seqlens is None:
-        o, state = delta_step(scaled, k, v, beta, log_decay, state)
+        o, state = delta_step(q, k, v, beta, log_decay, state, scale)
     elif torch.compiler.is_compiling():  # the compiler keeps and recomputes what it likes
-        o, state = run(scaled, k, v, beta, log_decay, state, spans(q.shape[1], cu_seqlens))
+        o, state = run(q, k, v, beta, log_decay, state, scale, spans(q.shape[1], cu_seqlens))
     else:
-        o, state = DeltaRule.apply(scaled, k, v, beta, log_decay, state, spans(q.shape[1], cu_seqlens))
+        o, state = DeltaRule.apply(q, k, v, beta, log_decay, state, scale, spans(q.shape[1], cu_seqlens))
     o = o.to(q.dtype)
     return (o, state) if return_state else o
 

@@ -25,14 +25,16 @@ from subquad.ops.linear.chunked import weigh
 from subquad.ops.linear.decay import Decay
 
 
-def chunk_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, segment: Segment, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One segment: q ``[B, N, ·, D]``, k, v, beta ``[B, N, Hs, …]`` and the state ``[P, D, V]`` to output tiles and the state after.
+def chunk_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, decay: Decay, segment: Segment, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One segment of q ``[B, N, ·, D]``, k, v, beta ``[B, N, Hs, …]``, from the state ``[P, D, V]`` before it.
 
-    Made of differentiable operations; returns tiles ``[P, m, C, r, V]``.
+    Made of differentiable operations. Returns output tiles ``[P, m, C, r, V]`` and the state after.
     """
     heads = decay.heads
     q, k, v, beta = (load(x, segment, heads, decay.dtype) for x in (q, k, v, beta[..., None]))
-    weights = decay.weights(segment, reverse=False)
+    q, weights = q * scale, decay.weights(segment, reverse=False)
     p, m, size, group, width = q.shape
     beta = rows(beta)
     below = weights.scores(k, k) * beta  # the solver reads what is below the diagonal alone
@@ -65,12 +67,13 @@ class DeltaRule(torch.autograd.Function):
         beta: Tensor,
         log_decay: Tensor | None,
         state: Tensor,
+        scale: float,
         over: tuple[Span, ...],
     ) -> tuple[Tensor, Tensor]:
         starts: list[Tensor] = []
-        o, final = run(q, k, v, beta, log_decay, state, over, starts)
+        o, final = run(q, k, v, beta, log_decay, state, scale, over, starts)
         ctx.save_for_backward(q, k, v, beta, log_decay, *starts)
-        ctx.over, ctx.state_shape = over, state.shape
+        ctx.scale, ctx.over, ctx.state_shape = scale, over, state.shape
         ctx.set_materialize_grads(False)
         return o, final
 
@@ -89,13 +92,13 @@ class DeltaRule(torch.autograd.Function):
                 with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
                     decay = Decay(part[4] if len(part) > 4 else None, q, heads, dtype)
                     local = Segment(0, segment.chunks, segment.size)
-                    tiles, after = chunk_rule(part[0], part[1], part[2], part[3], decay, local, start)
+                    tiles, after = chunk_rule(part[0], part[1], part[2], part[3], ctx.scale, decay, local, start)
                     o = torch.zeros_like(tiles) if do is None else load(do, segment, heads, dtype)
                     *found, carried = torch.autograd.grad((tiles, after), (*part, start), (o, carried))
                 for grad, x in zip(grads, found):
                     grad[:, segment.tokens] = x
             d_state[span.rows] = carried.unflatten(0, (-1, heads))
-        return (*grads, *(() if log_decay is not None else (None,)), d_state, None)
+        return (*grads, *(() if log_decay is not None else (None,)), d_state, None, None)
 
 
 def _segments(span: Span, q: Tensor, k: Tensor, log_decay: Tensor | None) -> Any:
@@ -110,6 +113,7 @@ def run(
     beta: Tensor,
     log_decay: Tensor | None,
     state: Tensor,
+    scale: float,
     over: tuple[Span, ...],
     starts: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -123,14 +127,16 @@ def run(
         for segment in _segments(span, q, k, log_decay):
             if starts is not None:
                 starts.append(carried)
-            tiles, carried = chunk_rule(q, k, v, beta, decay, segment, carried)
+            tiles, carried = chunk_rule(q, k, v, beta, scale, decay, segment, carried)
             store(out, tiles, segment)
         final[span.rows] = carried.unflatten(0, (-1, heads))
     return out, final
 
 
 @full_precision
-def delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+def delta_step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """One token: q ``[B, 1, H, D]``, k, v of Hs heads, and the state ``[B, Hs, D, V]`` to o ``[B, 1, H, V]`` and the state."""
     heads = state.shape[1]
     q, k, v, beta = (x.to(state.dtype)[:, 0] for x in (q, k, v, beta))
@@ -139,4 +145,4 @@ def delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor 
         state = state * (a[..., None] if log_decay.dim() == 4 else a[..., None, None])
     u = (v - (k[..., None, :] @ state).squeeze(-2)) * beta[..., None]
     state = torch.addcmul(state, k[..., None], u[..., None, :])
-    return (q.unflatten(1, (heads, -1)) @ state).flatten(1, 2)[:, None], state
+    return ((q * scale).unflatten(1, (heads, -1)) @ state).flatten(1, 2)[:, None], state

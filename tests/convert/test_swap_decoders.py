@@ -284,7 +284,7 @@ def test_heads_output_is_what_the_projection_reads(decoder):
 
 
 def test_models_stay_apart(decoder):
-    """Models that share a config object, copies, and what an adapter put in place of a projection."""
+    """Models that share a config object, and copies."""
     model = decoder()
     other = type(model)(model.config).eval()
     subquad.swap(model, "toy-linear", layers=[0])
@@ -298,6 +298,15 @@ def test_models_stay_apart(decoder):
     subquad.restore(twin)
     assert torch.equal(logits(twin, ids), logits(model, ids))
     assert twin.model.layers[0].self_attn.q_proj.weight is not model.model.layers[0].self_attn.q_proj.weight
+
+
+def test_what_an_adapter_put_in_a_projections_place_stays(decoder):
+    model, ids = decoder(), tokens()
+    subquad.swap(model, "toy-softmax")
+    module = swapped(model)[2]
+    module.q_proj = torch.nn.Sequential(module.q_proj, torch.nn.Hardtanh(-0.1, 0.1))
+    adapted = logits(model, ids)
+    close(logits(subquad.restore(model), ids), adapted)
 
 
 def test_sixteen_bit_models_keep_constants_exact(decoder):

@@ -80,9 +80,8 @@ def test_the_plain_class_gives_softmax_and_the_card_says_so(saved):
     plain = Qwen3ForCausalLM.from_pretrained(folder).eval()
     assert torch.equal(logits(plain, ids), logits(subquad.restore(model), ids))
     card = (folder / "README.md").read_text()
-    assert (
-        "Qwen3ForCausalLM.from_pretrained`: that silently\ngives softmax" in card and "3 of 4 layers by `toy-linear`, `toy-softmax`" in card
-    )
+    assert "Qwen3ForCausalLM.from_pretrained`: that silently\ngives softmax" in card
+    assert "3 of 4 layers by `toy-linear`, `toy-softmax`" in card and "import AutoModelForCausalLM\n" in card
 
 
 def test_a_card_that_is_there_is_kept(saved):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
@@ -281,10 +282,11 @@ def bench(
         "device": device_name(where), "dtype": dtype, "heads": f"{heads} ({kv_heads or heads} of keys), head dim {head_dim}, batch {batch}",
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items()), "commit": commit() or "not in a checkout", "command": _command(),
     }  # fmt: skip
-    table = Table(title=f"{about['device']}, {dtype}, {about['heads']}", title_justify="left", header_style="bold")
+    table = Table(title=f"{about['device']}, {dtype}, {about['heads']}", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     width = len(BENCH_HEADS) if backward else 5
     for index, head in enumerate(BENCH_HEADS[:width]):
-        table.add_column(head.replace(" ", "\n"), justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
+        words = head.replace(" ", "\n")
+        table.add_column(words, justify="right" if index else "left", no_wrap=index > 0, min_width=0 if index else 14, overflow="fold")
     for point in points:
         table.add_row(*bench_cells(point)[:width])
     Console().print(table)

@@ -192,8 +192,8 @@ def bench_cells(point: Point) -> list[str]:
     for spent, ratio, size in (
         (point.forward_ms, point.speedup, point.forward_bytes), (point.train_ms, point.train_speedup, point.train_bytes)
     ):  # fmt: skip
-        cells.append("–" if spent is None else f"{spent:.4g}")
-        cells.append("–" if ratio is None else f"{ratio:.3g}×")
+        cells.append("–" if spent is None else f"{spent:,.0f}" if spent >= 100 else f"{spent:.3g}")
+        cells.append("–" if ratio is None else f"{ratio:.2g}×" if ratio < 10 else f"{ratio:.0f}×")
         cells.append("–" if size is None else bytes_text(size))
     return cells
 

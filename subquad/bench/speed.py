@@ -147,7 +147,7 @@ class Timing:
 def timings(
     model: Any, tokens: Tensor, lengths: Sequence[int] = (256, 1024, 2048), *, decoded: int = 16, repeats: int = 2, progress: bool = False
 ) -> list[Timing]:
-    """Prefill time (best of `repeats`, or of one that takes long), decode time (median of `decoded` steps) and the cache's size at each length.
+    """Prefill time (best of `repeats`, one where it is long), decode time (median of `decoded` steps), cache size at each length.
 
     `tokens` ``[T]`` are cut to each length, or repeated to reach it.
     """

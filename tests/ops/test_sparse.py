@@ -195,12 +195,15 @@ def test_rows_hidden_by_key_bias_are_empty_with_finite_gradients():
     assert all(g.isfinite().all() and (g[1] == 0).all() for g in grads)
 
 
-def test_max_gradient_is_shared_among_ties():
-    q = torch.ones(1, 1, 1, 2, dtype=F64, requires_grad=True)
-    k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=F64).view(1, 3, 1, 2).requires_grad_()
-    _, top = sparse_attention(q, k, k.detach(), Layout.dense(1, 3), scale=1.0, return_max=True)
+@pytest.mark.parametrize("n", [1, 100])
+def test_max_gradient_is_shared_among_ties(n):
+    """As amax's is: each of n equal queries gives half of its gradient to each of the two keys that tie."""
+    q = torch.ones(1, n, 1, 2, dtype=F64, requires_grad=True)
+    k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=F64).view(1, 3, 1, 2)
+    k = torch.cat([k, -torch.ones(1, 120, 1, 2, dtype=F64)], 1).requires_grad_()
+    _, top = sparse_attention(q, k, k.detach(), Layout.dense(n, 123), scale=1.0, return_max=True)
     (dk,) = torch.autograd.grad(top.sum(), k)
-    assert dk.view(3, 2).tolist() == [[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]]
+    assert dk[0, :2, 0].tolist() == [[n / 2, n / 2], [n / 2, n / 2]] and (dk[0, 2:] == 0).all()
 
 
 def test_small_budget_splits_over_units(monkeypatch):
@@ -230,6 +233,19 @@ def test_low_precision_computes_in_float32(dtype, tolerance):
     torch.testing.assert_close(o.double(), want, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
     assert torch.autograd.grad(o.float().sum(), q)[0].dtype == dtype
+
+
+def test_gradient_of_a_bias_in_half_precision_is_summed_in_float32():
+    """Thousands of small terms into one slope: summed in bfloat16 they would stall."""
+    q, k, v = make(1, 1500, 1, 4, dtype=torch.bfloat16)
+    slopes = torch.tensor([0.01], dtype=torch.bfloat16, requires_grad=True)
+    double = slopes.detach().double().requires_grad_()
+    o = sparse_attention(q, k, v, Layout.window(1500, 40), bias=slopes)
+    want, _, _ = sparse_attention_reference(q.double(), k.double(), v.double(), Layout.window(1500, 40), bias=double)
+    weight = v.detach().double()  # correlated with the output, so that the terms do not cancel
+    (got,) = torch.autograd.grad((o * weight.to(o.dtype)).sum(), slopes)
+    (exact,) = torch.autograd.grad((want * weight).sum(), double)
+    assert (got.double() - exact).abs().item() <= 2**-7 * exact.abs().item()
 
 
 def test_empty_inputs():

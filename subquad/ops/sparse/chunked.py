@@ -47,7 +47,7 @@ def sparse_attention_chunked(
     groups = k_groups if k_groups % lists == 0 else lists if lists % k_groups == 0 else heads
     if layout.index is not None and (cu_seqlens is not None):
         q_pos, k_pos = _restart(q_pos, cu_seqlens, n), _restart(k_pos, cu_seqlens, n)
-    terms, parameters = _terms(bias, key_bias, batch, groups, heads)
+    terms, parameters = _terms(bias, key_bias, batch, groups, heads, dtype)
     problem = Problem(
         layout, batch * groups, groups, heads // groups, k_groups, dtype, q.device, terms, softcap, q_pos, k_pos,
         None if cu_seqlens is None else cu_seqlens.tolist(),
@@ -89,18 +89,21 @@ def _restart(positions: Tensor | None, cu_seqlens: Tensor, n: int) -> Tensor:
     return i - cu_seqlens.to(i)[torch.bucketize(i, cu_seqlens[1:].to(i), right=True)]
 
 
-def _terms(bias: Bias | None, key_bias: Tensor | None, batch: int, groups: int, heads: int) -> tuple[tuple[Term, ...], list[Tensor]]:
+def _terms(
+    bias: Bias | None, key_bias: Tensor | None, batch: int, groups: int, heads: int, dtype: torch.dtype
+) -> tuple[tuple[Term, ...], list[Tensor]]:
+    """The biases that tiles add, and their parameters; small ones in the dtype in which gradients are summed."""
     terms: list[Term] = []
     parameters: list[Tensor] = []
     if key_bias is not None:
         terms.append(KeyBias())
-        parameters.append(per_unit(key_bias, batch, groups, heads))
+        parameters.append(per_unit(key_bias.to(dtype), batch, groups, heads))
     if isinstance(bias, RelativeBias):
         terms.append(Table())
-        parameters.append(per_unit(bias.table[None], batch, groups, heads))
+        parameters.append(per_unit(bias.table[None].to(dtype), batch, groups, heads))
     elif isinstance(bias, Tensor) and bias.dim() == 1:
         terms.append(Slopes())
-        parameters.append(per_unit(bias[None], batch, groups, heads))
+        parameters.append(per_unit(bias[None].to(dtype), batch, groups, heads))
     elif isinstance(bias, Tensor):
         terms.append(Dense(groups, heads))
         parameters.append(bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape)))
@@ -142,7 +145,8 @@ def _scores(tile: Tile, q: Tensor, k: Tensor, parameters: Any) -> tuple[Tensor, 
 def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, parameters: Any) -> tuple[Tensor, Tensor, Tensor]:
     """o ``[units, N, G, V]``, lse and max ``[units, N, G]``."""
     rows = q.shape[:3]
-    o = q.new_zeros(*rows, v.shape[-1])
+    every_row = problem.layout.index is None and not problem.sparse_rows  # is written by some tile
+    o = (q.new_empty if every_row else q.new_zeros)(*rows, v.shape[-1])
     lse, top = q.new_full(rows, -torch.inf), q.new_full(rows, -torch.inf)
     for tile in problem.tiles():
         s, _ = _scores(tile, tile.rows_of(q), tile.keys_of(k), parameters)

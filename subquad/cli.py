@@ -282,7 +282,13 @@ def bench(
         "device": device_name(where), "dtype": dtype, "heads": f"{heads} ({kv_heads or heads} of keys), head dim {head_dim}, batch {batch}",
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items()), "commit": commit() or "not in a checkout", "command": _command(),
     }  # fmt: skip
-    table = Table(title=f"{about['device']}, {dtype}, {about['heads']}", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"{about['device']}, {dtype}, {about['heads']}",
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     width = len(BENCH_HEADS) if backward else 5
     for index, head in enumerate(BENCH_HEADS[:width]):
         words = head.replace(" ", "\n")

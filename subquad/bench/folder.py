@@ -69,11 +69,14 @@ class Folder:
         """Save a model and its tokenizer to the subfolder `name`, which appears only when it is complete."""
         if self.path is None:
             return None
+        from subquad.models.load import quiet
+
         target, beside = self.path / name, self.path / f".{name}.partial"
         for folder in (target, beside):
             shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+        with quiet():
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
         os.replace(beside, target)
         return name
 

@@ -13,8 +13,9 @@ Advance = Callable[[], None]
 
 @contextmanager
 def bar(label: str, total: int, *, show: bool = True) -> Iterator[Advance]:
-    """A bar of `total` steps; yields the function that advances it by one."""
+    """A bar of `total` steps, on terminals; yields the function that advances it by one."""
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(label, total=total)
         yield lambda: progress.advance(task)

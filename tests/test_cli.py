@@ -1,12 +1,13 @@
 import json
 
 import pytest
+from bench import tiny
 from typer.testing import CliRunner
 
 import subquad
 from subquad.cli import app
 
-pytest_plugins = ["bench.tiny"]  # the fixtures folder and text
+folder, text, tokenizer = tiny.folder, tiny.text, tiny.tokenizer  # fixtures
 
 
 def call(*arguments):

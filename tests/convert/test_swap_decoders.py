@@ -85,8 +85,14 @@ def test_restore_is_exact(decoder, family):
     assert list(model.state_dict()) == names and not hasattr(model.config, "subquad")
     assert torch.equal(logits(model, ids), before)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), generated)
+
+
+def test_attentions_of_kept_layers_and_of_all_after_restore(decoder):
+    model, ids = decoder(attn_implementation="eager"), tokens()
     with torch.no_grad():
-        model.set_attn_implementation("eager")
+        subquad.swap(model, "toy-linear", layers=[0, 1])
+        assert len(model(ids, output_attentions=True).attentions) == 2
+        subquad.restore(model)
         assert len(model(ids, output_attentions=True).attentions) == 4
 
 

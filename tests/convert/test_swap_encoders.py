@@ -121,9 +121,11 @@ def test_the_grid_is_that_of_the_image_at_hand(kind):
 def test_transformers_round_trip(family, tmp_path):
     from transformers import AutoModelForImageClassification
 
-    model, images = hugging(family), torch.randn(2, 3, 32, 32)
-    subquad.swap(model, "toy-rows", layers="2:1").save_pretrained(tmp_path)
-    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    images = torch.randn(2, 3, 32, 32)
+    hugging(family).save_pretrained(tmp_path / "plain")  # in the checkpoint's own names, which are not the modules'
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "plain").eval()
+    subquad.swap(model, "toy-rows", layers="2:1").save_pretrained(tmp_path / "swapped")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "swapped").eval()
     assert type(again) is type(model) and again.config.model_type == f"subquad_{family}" and list(swapped(again)) == [0, 1]
     assert torch.equal(call(again, images), call(model, images))
     wide = torch.randn(1, 3, 40, 24)

@@ -113,6 +113,8 @@ def _check(job: Job) -> str:
     dtype_of(job.dtype)
     if job.stride is not None and job.stride > job.window:
         raise InputError("--stride", job.stride, f"at most the window, {job.window}")
+    if not 0 < job.lr < math.inf:
+        raise InputError("--lr", job.lr, "a positive number")
     return pick_device(job.device)
 
 
@@ -286,6 +288,9 @@ class _Run:
         if job.steps:
             tokens = job.steps * job.batch * job.length
             notes.append(f"Distillation: attention transfer on {tokens:,} tokens from before the held-out end; only new parameters learn.")
+        still = [row.mechanism for row in self.done if job.steps and row.mechanism != ORIGINAL and not row.new_params]
+        if still:
+            notes.append(f"Without parameters of their own there is nothing to distil: {', '.join(still)}.")
         return notes
 
     def _agreement(self) -> str:

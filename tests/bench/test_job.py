@@ -51,6 +51,7 @@ def test_before_and_after(job, tmp_path):
     assert len(after.sample) > 48 and after.timings == before.timings
     assert all(math.isclose(r.ppl, math.exp(r.nll)) for r in report.rows)
     assert Report.load(out) == report
+    assert report.notes[-1] == f"Without parameters of their own there is nothing to distil: {WINDOW.label}."
     assert sorted(p.name for p in out.iterdir()) == ["job.json", LOLCATS.folder, "report.html", "report.json"]
     with pytest.raises(InputError, match="a finished run"):
         run_job(job, out)
@@ -121,6 +122,7 @@ def test_an_unfinished_run_of_another_command_is_named(job, tmp_path):
         ({"layers": "some"}, "--layers"),
         ({"layers": "0,9"}, "9"),
         ({"dtype": "flot32"}, "nearest: .*float32"),
+        ({"lr": -1.0}, "--lr: got -1.0"),
         ({"stride": 65}, "--stride: got 65"),
         ({"windows": 99}, "text: got 2120 tokens; expected at least 6368 tokens"),
         ({"text": ("/nowhere.txt",)}, "/nowhere.txt"),

@@ -82,17 +82,27 @@ def rms(x: Tensor) -> float:
     return float(x.detach().double().square().mean().sqrt())
 
 
-@BY_HALF
-@every(with_variants=True)
-def test_half_precision(case, dtype):
-    """Error against float64 within `bf16_factor` of the reference's own, which computes in float32 and rounds its output."""
+def assert_half_precision(case, dtype, extra_dtype):
     module = case.make(dtype)
-    x = case.inputs(200, module, dtype=dtype)
+    x, other = (case.inputs(200, module, dtype=d) for d in (dtype, extra_dtype))
+    x = {name: x[name] if name in "qkv" else other[name] for name in x}
     exact = case.define(case.twin(module, torch.float64), double(x))
     own = case.define(case.twin(module, torch.float32), {name: t.float() for name, t in x.items()}).to(dtype)
     o = case.run(module, x)
     assert o.dtype == dtype
     assert rms(o - exact) <= case.card.bf16_factor * rms(own - exact)
+
+
+@BY_HALF
+@every(with_variants=True)
+def test_half_precision(case, dtype):
+    """Error against float64 within `bf16_factor` of the reference's own, which computes in float32 and rounds its output."""
+    assert_half_precision(case, dtype, dtype)
+
+
+@every(lambda case: bool(case.card.inputs))
+def test_half_precision_with_inputs_in_float32(case):
+    assert_half_precision(case, torch.bfloat16, torch.float32)
 
 
 @BY_HALF

@@ -59,6 +59,21 @@ def test_split_in_bfloat16(case, pieces):
     assert (o - exact)[:, late].square().mean().sqrt() <= case.card.bf16_factor * (own - exact)[:, late].square().mean().sqrt()
 
 
+@pytest.mark.parametrize("pieces", [[N], [70, 1, 1, N - 72], [1] * N], ids=["one", "odd", "ones"])
+@every(causal, with_variants=True)
+def test_states_of_bfloat16_inputs_are_exact(case, pieces):
+    """What is accumulated is kept in float32: only what came in bfloat16 is kept in bfloat16."""
+    module = case.make(torch.bfloat16)
+    x = case.inputs(N, module, dtype=torch.bfloat16)
+    x.update({name: t for name, t in case.inputs(N, module, dtype=torch.float32).items() if name not in "qkv"})  # as projected
+    with torch.no_grad():
+        _, state = split(case, module, x, pieces)
+        _, exact = split(case, case.twin(module, torch.float64), {name: t.double() for name, t in x.items()}, pieces)
+    for name, t in state.tensors.items():
+        off = (t - exact[name]).square().mean().sqrt() / exact[name].square().mean().sqrt()
+        assert off <= (0 if t.dtype == torch.bfloat16 else 1e-5), f"{name} ({t.dtype}): off by {off:.1e}"
+
+
 @every(causal)
 def test_gradients_through_the_state(case):
     module = case.make()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from subquad.checks import nearest
+from subquad.checks import compute_dtype, nearest
 from subquad.contract import Attention, Call, Card, Shape, register
 from subquad.ops.common import CHUNK, expand_heads
 from subquad.ops.linear import linear_attention
@@ -99,7 +99,9 @@ class Lightning(Attention):
         return self
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
-        if self.feature_map == "silu":
+        dtype = q.dtype
+        if self.feature_map == "silu":  # features are not rounded to 16 bits
+            q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
             q, k = silu(q), silu(k)
         q, k = rotate(call.rotary, q, k)
         k, v = expand_heads(k, self.heads), expand_heads(v, self.heads)
@@ -107,7 +109,7 @@ class Lightning(Attention):
         o, S = linear_attention(
             q, k, v, log_decay=self.log_decay, scale=1.0, initial_state=start, return_state=True, cu_seqlens=call.cu_seqlens
         )
-        return o, {"S": S}
+        return o.to(dtype), {"S": S}
 
 
 def reference(module: Lightning, q: Tensor, k: Tensor, v: Tensor, *, rotary: Rotary | None = None, **_: object) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -311,7 +312,8 @@ def doctor() -> None:
     marks = {"ok": "[green]ok[/]", "missing": "[yellow]–[/]", "broken": "[red]no[/]"}
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in examine():
-        table.add_row(marks[finding.state], finding.name, f"{finding.found}{'; ' if finding.advice else ''}{finding.advice}")
+        found = f"{finding.found}{'; ' if finding.advice else ''}{finding.advice}"
+        table.add_row(marks[finding.state], finding.name, escape(found))  # "[convert]" is no markup
     Console(highlight=False).print(table)
 
 

@@ -61,7 +61,7 @@ def test_every_layer_learns_to_be_softmax(teacher, tokens):
     assert result.losses[0] > 0.01 and result.losses[-1] < 1e-2 * result.losses[0]
     ids = tokens[None, :40]
     difference = student(ids, use_cache=False).logits - teacher(ids).logits
-    assert difference.abs().mean() < 0.05 * (student_of(teacher)(ids, use_cache=False).logits - teacher(ids).logits).abs().mean()
+    assert difference.abs().mean() < 0.1 * (student_of(teacher)(ids, use_cache=False).logits - teacher(ids).logits).abs().mean()
     assert result.steps == len(result.losses) == 60 and result.tokens == 60 * 2 * 32
     assert {index: len(x) for index, x in result.layer_losses.items()} == {0: 60, 1: 60, 2: 60}
     assert result.losses[7] == pytest.approx(sum(x[7] for x in result.layer_losses.values()) / 3)

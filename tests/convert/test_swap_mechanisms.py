@@ -109,7 +109,6 @@ def test_encoders(name):
             assert ((module.heads_output(x) - whole)[:, :-1].abs().amax(-1) > 0).all()
 
 
-@pytest.mark.skipif("softmax" not in CAUSAL, reason="softmax is not registered")
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_softmax_changes_nothing(decoder, family):
     model, ids = decoder(family), torch.randint(5, 97, (2, 14))
@@ -117,7 +116,6 @@ def test_softmax_changes_nothing(decoder, family):
     close(logits(subquad.swap(model, "softmax"), ids), before, 1e-5)
 
 
-@pytest.mark.skipif("sliding-window" not in CAUSAL, reason="sliding-window is not registered")
 def test_sliding_window_is_mistrals_own(decoder):
     model, ids = decoder("mistral", sliding_window=5), torch.randint(5, 97, (2, 20))
     before, greedy = logits(model, ids), {"max_new_tokens": 12, "do_sample": False}

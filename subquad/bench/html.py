@@ -26,7 +26,8 @@ table { border-collapse:collapse; width:100%; font-size:.9rem; font-variant-nume
 th, td { padding:7px 10px; text-align:right; white-space:nowrap; border-bottom:1px solid var(--grid); }
 th { color:var(--soft); font-weight:600; } tr:last-child td { border-bottom:0; }
 th:first-child, td:first-child { text-align:left; position:sticky; left:0; background:var(--paper);
-  white-space:normal; overflow-wrap:anywhere; min-width:8.5em; }
+  white-space:normal; overflow-wrap:anywhere; min-width:14em; }
+@media (max-width:700px) { th:first-child, td:first-child { min-width:8.5em; } }
 .plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr)); gap:14px; }
 figure { margin:0; padding:12px; background:var(--panel); border-radius:8px; }
 figure h3 { font-size:1rem; margin:0 0 4px; } .legend { display:flex; flex-wrap:wrap; gap:2px 14px; margin:0 0 6px; font-size:.85rem; }
@@ -173,7 +174,7 @@ def report_figures(report: Report) -> str:
         + figure(
             "Distillation",
             lines("Loss of each distillation step", losses, Axis("step"), Axis("loss", log=10), marks=False),
-            "Attention transfer: mean squared error between the attentions’ outputs.",
+            "Attention transfer: squared error of the attentions’ outputs relative to the original’s, mean over layers.",
             [(one.name, one.color) for one in losses],
         )
     )

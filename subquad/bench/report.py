@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -121,8 +122,9 @@ class Report:
         for row in self.rows:
             if row.gap_closed is not None and row.ppl is not None:
                 before = next(r for r in self.rows if r.mechanism == row.mechanism and not r.distilled_steps)
+                spent = f" ({row.distill_seconds:.0f} s)" if row.distill_seconds else ""
                 said.append(
-                    f"{row.distilled_steps} steps of distillation bring {row.mechanism} from perplexity {before.ppl:.4g} to "
+                    f"{row.distilled_steps} steps of distillation{spent} bring {row.mechanism} from perplexity {before.ppl:.4g} to "
                     f"{row.ppl:.4g}, {row.ratio:.3g}× the original's: {row.gap_closed:.1%} of the gap in nats is closed."
                 )
         trained = [r for r in self.rows if r.distilled_steps and r.ppl is not None]
@@ -175,7 +177,7 @@ class Report:
         texts = {"row": lambda row: row.name, **dict(COLUMNS)}
         columns = {name: [texts[name](row) for row in self.rows] for name in names or dict(COLUMNS)}
         shown = [name for name, cells in columns.items() if name in ("row", *FIRST_COLUMNS) or any(cell != "–" for cell in cells)]
-        table = Table(header_style="bold")
+        table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in shown:
             left = name in ("row", "mechanism")
             table.add_column(name.replace(" ", "\n"), justify="left" if left else "right", no_wrap=not left, overflow="fold")

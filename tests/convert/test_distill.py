@@ -223,7 +223,7 @@ def test_the_callers_random_numbers_are_not_touched(teacher, tokens):
 
 def test_the_learning_rate_rises_and_falls_to_zero():
     rates = [schedule(step, 100) for step in range(100)]
-    assert max(rates) == 1.0 and 0 < rates[0] < 0.5 and 0 < rates[-1] < 1e-2
+    assert max(rates) == 1.0 and 0 < rates[0] < 0.5 and 0 < rates[-1] < 0.02
     top = rates.index(1.0)
     assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
     assert schedule(0, 1) == 1.0
@@ -304,7 +304,7 @@ def test_another_setting_is_named(teacher, tokens, tmp_path):
         with pytest.raises(Ends):
             teach(student, teacher, data, out=tmp_path)
     others = {
-        "lr": {"lr": 2e-2}, "steps": {"steps": 7}, "seed": {"seed": 1}, "data": {"data": data[::-1]},
+        "lr": {"lr": 3e-2}, "steps": {"steps": 7}, "seed": {"seed": 1}, "data": {"data": data[::-1]},
         "teacher": {"teacher": tiny_llama()}, "layers": {"student": student_of(teacher, start=-0.9)},
     }  # fmt: skip
     for name, change in others.items():

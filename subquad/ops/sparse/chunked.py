@@ -156,7 +156,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, parameters: Any)
         if highest is not None:
             alive = highest > hidden(s.dtype) / 8
             mixed = mixed * alive[..., None] if problem.sparse_rows else mixed
-            tile.set_rows(lse, (highest - prob.amax(-1).log()).where(alive, -torch.inf))
+            # traced: a compiler recomputes prob, to other last digits, and amax's gradient asks where prob equals its maximum
+            total = s.logsumexp(-1) if torch.compiler.is_compiling() else highest - prob.amax(-1).log()
+            tile.set_rows(lse, total.where(alive, -torch.inf))
             tile.set_rows(top, highest.where(alive, -torch.inf))
         tile.set_rows(o, mixed)
     return o, lse, top

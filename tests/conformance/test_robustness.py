@@ -1,6 +1,7 @@
 """Nothing breaks: empty batches, extreme inputs, repetition, saving and loading, compiling."""
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -169,12 +170,11 @@ def test_attend(case):
         assert torch.equal(subquad.attend(q, k, v, case.name, **options), case.run(module, {"q": q, "k": k, "v": v, **x}))
 
 
-def compiles(case):
-    """Forward and backward, traced on the CPU and compiled by inductor on a GPU."""
+def assert_compiles(case, backend):
+    """Forward and backward, without graph breaks."""
     torch._dynamo.reset()
     module = case.make(torch.float32)
     x = case.inputs(72, module, dtype=torch.float32)
-    backend = "inductor" if DEVICE.type == "cuda" else "aot_eager"
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     rotary = subquad.Rotary.of(torch.arange(72, device=DEVICE), 16)
     assert_close(case.run(compiled, x, rotary=rotary), case.run(module, x, rotary=rotary), 1e-5)
@@ -184,11 +184,19 @@ def compiles(case):
 
 
 @every()
-def test_compiles_without_graph_breaks(case):
-    compiles(case)
+def test_compiles(case):
+    """Traced on the CPU, compiled by inductor on a GPU."""
+    assert_compiles(case, "inductor" if DEVICE.type == "cuda" else "aot_eager")
 
 
 @pytest.mark.slow
 @every(with_variants=True)
-def test_variants_compile_without_graph_breaks(case):
-    compiles(case)
+def test_variants_compile(case):
+    assert_compiles(case, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+@every()
+def test_compiles_by_inductor(case):
+    assert_compiles(case, "inductor")

@@ -44,7 +44,7 @@ def scan(sums: Tensor, total: Tensor | None, state: Tensor, *, reverse: bool) ->
     for i in reversed(order) if reverse else order:
         starts.append(state)
         if total is None:
-            state = state + sums[:, i]
+            state = sums[:, i] + state  # in this order: inductor otherwise adds in place to a state that another pass still reads
         else:
             state = torch.addcmul(sums[:, i], total[:, min(i, total.shape[1] - 1)], state)
     return torch.stack(starts[::-1] if reverse else starts, 1), state

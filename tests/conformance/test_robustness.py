@@ -1,7 +1,6 @@
 """Nothing breaks: empty batches, extreme inputs, repetition, saving and loading, compiling."""
 
 import io
-import shutil
 
 import pytest
 import torch
@@ -193,10 +192,3 @@ def test_compiles(case):
 @every(with_variants=True)
 def test_variants_compile(case):
     assert_compiles(case, "aot_eager")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
-@every()
-def test_compiles_by_inductor(case):
-    assert_compiles(case, "inductor")

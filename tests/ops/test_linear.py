@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import Tensor
@@ -250,3 +252,14 @@ def test_bad_input_names_the_argument(argument: str, change: dict) -> None:
     with pytest.raises(InputError) as error:
         linear_attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
     assert error.value.argument == argument and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_gradients_compiled_by_inductor():
+    """A whole chunk and a tail: inductor once added in place to the zero state that both directions start from."""
+    q, k, v, w = (torch.randn(1, 72, 1, 16, requires_grad=name != "w") for name in "qkvw")
+    compiled = torch.compile(lambda q, k, v: linear_attention(q, k, v, scale=1.0), fullgraph=True, backend="inductor")
+    expected = torch.autograd.grad((linear_attention(q, k, v, scale=1.0) * w).sum(), (q, k, v))
+    for found, right in zip(torch.autograd.grad((compiled(q, k, v) * w).sum(), (q, k, v)), expected):
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)

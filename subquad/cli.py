@@ -194,7 +194,7 @@ def swap(
     windows: Annotated[int, typer.Option(min=1, help="Windows held out, at the end of the text.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a distillation step.")] = 1,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence of a distillation step.")] = 512,
-    lr: Annotated[float, typer.Option(help="Learning rate of the distillation.")] = 1e-2,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the distillation.")] = None,
     prompts: Annotated[int, typer.Option(min=0, help="Key-value recall prompts (0: none).")] = 8,
     lengths: Annotated[str, typer.Option(help="Context lengths at which speed is measured.")] = "256,1024,2048",
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,

@@ -40,7 +40,7 @@ class Job:
         steps: of distillation, for mechanisms with parameters of their own.
         text: files; none is the embedded book.
         window, stride, windows: of the held-out text, which is the end of the text.
-        batch, length, lr: of the distillation.
+        batch, length, lr: of the distillation (no lr is `distill`'s own).
         prompts: key-value recall prompts; 0 leaves them out.
         lengths: contexts at which prefill and decode are timed; bytes_64k is always from the cards.
     """
@@ -55,7 +55,7 @@ class Job:
     windows: int = 8
     batch: int = 1
     length: int = 512
-    lr: float = 1e-2
+    lr: float | None = None
     prompts: int = 8
     distance: int = 256
     lengths: tuple[int, ...] = (256, 1024, 2048)
@@ -113,7 +113,7 @@ def _check(job: Job) -> str:
     dtype_of(job.dtype)
     if job.stride is not None and job.stride > job.window:
         raise InputError("--stride", job.stride, f"at most the window, {job.window}")
-    if not 0 < job.lr < math.inf:
+    if job.lr is not None and not 0 < job.lr < math.inf:
         raise InputError("--lr", job.lr, "a positive number")
     return pick_device(job.device)
 
@@ -229,8 +229,9 @@ class _Run:
 
         job = self.job
         self._say(f"distilling {choice.label}, {job.steps} steps of {job.batch} × {job.length} tokens")
+        rate: dict[str, Any] = {} if job.lr is None else {"lr": job.lr}
         result = distill(
-            self.model, self.model, self.train, steps=job.steps, lr=job.lr, batch=job.batch, length=job.length, seed=job.seed,
+            self.model, self.model, self.train, steps=job.steps, batch=job.batch, length=job.length, seed=job.seed, **rate,
             out=self.folder.checkpoints(choice.folder), progress=self.progress, take_finished=True,
         )  # fmt: skip
         self._say(f"measuring {choice.label} after distillation")

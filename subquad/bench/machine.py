@@ -31,7 +31,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout subquad runs from, with "+" when files differ from it; None outside a checkout."""
+    """The commit of the checkout subquad runs from, with "+" when files differ from it; None outside a checkout.
+
+    A copy of a checkout without its history is told by the environment variable SUBQUAD_COMMIT.
+    """
+    if os.environ.get("SUBQUAD_COMMIT"):
+        return os.environ["SUBQUAD_COMMIT"]
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -5,9 +5,11 @@ Bad input of any kind is one line on standard error and exit status 2. What is h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,15 +27,35 @@ from subquad.checks import InputError, nearest
 CAPABILITIES = ("causal", "bidirectional", "needs_grid", "recurrent", "training_free", "needs_hidden")
 
 
+_UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the click inside newer typers
+
+
 class _Door(TyperGroup):
     """Turns bad input, from wherever it was noticed, into one line and exit status 2."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _one_line():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line():
             return super().invoke(ctx)
-        except InputError as error:
-            typer.echo(f"subquad: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # `subquad` alone shows the help
+            raise
+        message = error.format_message()
+    else:
+        return
+    typer.echo(f"subquad: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2)
 
 
 app = typer.Typer(
@@ -185,7 +207,7 @@ def _usage(name: str, options: dict[str, Any], card: contract.Card, heads: int, 
 def swap(
     model: Annotated[str, typer.Argument(help="smollm2-135m (embedded), a local folder, or a hub id.")],
     to: Annotated[list[str], typer.Option(help="A mechanism, with options: NAME:option=value,…; repeat for several.")],
-    layers: Annotated[str, typer.Option(help="all, a ratio (3:1: three swapped, one kept), or indices (0,2,4-7).")] = "all",
+    layers: Annotated[str, typer.Option(help="all, a ratio (3:1: three swapped, one kept), or indices (0,2,4-7,-1).")] = "all",
     distill: Annotated[int, typer.Option(min=0, help="Steps of attention transfer for what has new parameters.")] = 0,
     text: Annotated[list[Path] | None, typer.Option(help="Text files, to teach and to measure on (default: the embedded book).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report, distilled models and checkpoints.")] = None,
@@ -264,20 +286,24 @@ def bench(
     from dataclasses import asdict
 
     from subquad.bench.choice import dtype_of, integers, parse_choice, pick_device
-    from subquad.bench.folder import check_place
+    from subquad.bench.folder import check_new, writing
     from subquad.bench.html import BENCH_HEADS, bench_cells, bench_page
     from subquad.bench.machine import commit, device_name, versions
     from subquad.bench.mechanisms import bench as measure
     from subquad.bench.report import write_whole
 
     choices = [parse_choice("names", one) for one in names or [n for n, c in contract.mechanisms().items() if not c.needs_grid]]
-    where = pick_device(device)
+    where, counts, precision = pick_device(device), integers("--tokens", tokens), dtype_of(dtype)
+    for c in choices:  # before the folder is made
+        contract.attention(c.name, heads, head_dim, kv_heads=kv_heads, hidden_size=heads * head_dim, **c.options)
     if out is not None:
-        check_place("--out", out)
+        check_new("--out", out)
+        with writing("--out", out):
+            out.mkdir(parents=True, exist_ok=True)
     points = measure(
-        [(c.name, c.options) for c in choices], integers("--tokens", tokens),
+        [(c.name, c.options) for c in choices], counts,
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, batch=batch,
-        device=where, dtype=dtype_of(dtype), backward=backward, budget=budget, progress=True,
+        device=where, dtype=precision, backward=backward, budget=budget, progress=True,
     )  # fmt: skip
     about = {
         "device": device_name(where), "dtype": dtype, "heads": f"{heads} ({kv_heads or heads} of keys), head dim {head_dim}, batch {batch}",
@@ -298,9 +324,9 @@ def bench(
         table.add_row(*bench_cells(point)[:width])
     Console().print(table)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "bench.html", bench_page(points, about))
-        write_whole(out / "bench.json", json.dumps({"about": about, "points": [asdict(p) for p in points]}, indent=1) + "\n")
+        with writing("--out", out):
+            write_whole(out / "bench.html", bench_page(points, about))
+            write_whole(out / "bench.json", json.dumps({"about": about, "points": [asdict(p) for p in points]}, indent=1) + "\n")
         typer.echo(f"Plots: {out / 'bench.html'}; numbers: {out / 'bench.json'}")
 
 

@@ -133,3 +133,45 @@ def test_a_broken_part_is_a_finding_not_a_traceback(monkeypatch):
     monkeypatch.setattr(doctor, "_torch", broken)
     found = doctor._safely(doctor._torch)
     assert (found.state, found.found) == ("broken", "RuntimeError: two")
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (("swap", "smollm2-135m"), "--to"),
+        (("swap",), "model"),
+        (("swap", "smollm2-135m", "--to", "lolcats", "--window", "wide"), "--window"),
+        (("swap", "smollm2-135m", "--to", "lolcats", "--seed", "9" * 23), "--seed"),
+        (("swap", "smollm2-135", "--to", "lolcats"), "nearest: smollm2-135m"),
+        (("swop",), "swop"),
+        (("--bogus",), "--bogus"),
+    ],
+)
+def test_misuse_is_one_line(arguments, part):
+    refused(call(*arguments), part)
+
+
+def test_help_stays():
+    for arguments in (("--help",), ("swap", "--help")):
+        shown = call(*arguments)
+        assert shown.exit_code == 0 and "Usage" in shown.stdout
+
+
+def test_bench_leaves_folders_of_others_alone(tmp_path):
+    (tmp_path / "bench.json").write_text("important")
+    refused(call("bench", "softmax", "--tokens", "64", "--out", tmp_path), "--out", "new or empty")
+    assert [p.name for p in tmp_path.iterdir()] == ["bench.json"] and (tmp_path / "bench.json").read_text() == "important"
+
+
+def test_bench_asks_for_its_folder_before_it_measures(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    monkeypatch.setattr("subquad.bench.mechanisms.bench", lambda *_, **__: pytest.fail("measured"))
+    refused(call("bench", "softmax", "--tokens", "64", "--out", tmp_path / "out"), "--out", "No space left on device")
+    monkeypatch.undo()
+    refused(call("bench", "softmax", "--kv-heads", "4", "--tokens", "64", "--out", tmp_path / "out"), "heads")
+    assert not (tmp_path / "out").exists()

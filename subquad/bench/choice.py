@@ -28,6 +28,12 @@ class Choice:
         return self.name + (":" + ",".join(f"{k}={v}" for k, v in self.options.items()) if self.options else "")
 
     @property
+    def resolved(self) -> str:
+        """The mechanism with every option, defaults included: equal for choices that do the same."""
+        options = {**contract.option_defaults(contract.mechanism(self.name)), **self.options}
+        return f"{self.name}:{sorted((key, repr(value)) for key, value in options.items())}"
+
+    @property
     def folder(self) -> str:
         """A file name for it."""
         return re.sub(r"[^A-Za-z0-9.=_-]+", "_", self.label)
@@ -50,6 +56,8 @@ def parse_choice(argument: str, text: str) -> Choice:
             raise InputError(argument, repr(text), "NAME:option=value,option=value")
         if option not in defaults:
             raise nearest(argument, option, defaults, f"option of {name}")
+        if option in options:
+            raise InputError(argument, f"{option} twice in {text!r}", "each option once")
         options[option] = _value(value)
     return Choice(name, options)
 
@@ -70,17 +78,18 @@ def _value(text: str) -> Any:
 
 
 def parse_layers(text: str) -> str | list[int]:
-    """``all``, a ratio ``3:1``, or indices and ranges ``0,2,4-7``."""
+    """``all``, a ratio ``3:1``, or indices and ranges ``0,2,4-7``, where ``-1`` is the last layer."""
     text = text.strip()
     if text == "all" or re.fullmatch(r"\d+:\d+", text):
         return text
     indices: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None:
-            raise InputError("--layers", repr(text), "all, a ratio such as 3:1, or indices such as 0,2,4-7")
-        first = int(match[1])
-        indices += range(first, int(match[2] or first) + 1)
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        first = int(match[1]) if match else 0
+        last = int(match[2] or first) if match else -1
+        if match is None or last < first or (first < 0 and match[2]):
+            raise InputError("--layers", repr(text), "all, a ratio such as 3:1, or indices such as 0,2,4-7 or -1")
+        indices += range(first, last + 1)
     return sorted(set(indices))
 
 

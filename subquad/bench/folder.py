@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,27 +41,30 @@ class Folder:
             return
         if finished(path):
             raise InputError("--out", f"{path}, a finished run", should)
-        try:
-            before = json.loads((path / "job.json").read_text(encoding="utf-8"))["job"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError("--out", f"{path}, which holds something else", should) from None
+        before = _read_job(path, should)
         for key in {**before, **self.identity}:
             if before.get(key) != self.identity.get(key):
                 was = f"{path}, an unfinished run with {key} = {before.get(key)}"
                 raise InputError("--out", was, f"{should} ({key} = {self.identity.get(key)})")
+        for file in sorted((path / "rows").glob("*.json")):
+            _read_row(file)
 
     def begin(self) -> None:
-        if self.path is not None:
+        if self.path is None:
+            return
+        with writing("--out", self.path):
             (self.path / "rows").mkdir(parents=True, exist_ok=True)
             write_whole(self.path / "job.json", json.dumps({"job": self.identity, "command": self.command}, indent=1) + "\n")
 
     def load(self, name: str) -> Row | None:
         """A row finished earlier."""
         file = None if self.path is None else self.path / "rows" / f"{name}.json"
-        return Row(**json.loads(file.read_text(encoding="utf-8"))) if file is not None and file.exists() else None
+        return _read_row(file) if file is not None and file.exists() else None
 
     def keep(self, name: str, row: Row) -> None:
-        if self.path is not None:
+        if self.path is None:
+            return
+        with writing("--out", self.path):
             write_whole(self.path / "rows" / f"{name}.json", json.dumps(asdict(row)) + "\n")
 
     def checkpoints(self, name: str) -> Path | None:
@@ -74,18 +79,59 @@ class Folder:
         target, beside = self.path / name, self.path / f".{name}.partial"
         for folder in (target, beside):
             shutil.rmtree(folder, ignore_errors=True)
-        with quiet():
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-        os.replace(beside, target)
+        with writing("--out", self.path):
+            with quiet():
+                model.save_pretrained(beside)
+                tokenizer.save_pretrained(beside)
+            os.replace(beside, target)
         return name
 
     def finish(self, report: Report) -> None:
         """Write the report; what was only needed to go on is removed."""
         if self.path is not None:
-            report.save(self.path)
+            with writing("--out", self.path):
+                report.save(self.path)
             for scratch in ("rows", "checkpoints"):
                 shutil.rmtree(self.path / scratch, ignore_errors=True)
+
+
+def _read_job(path: Path, should: str) -> dict[str, Any]:
+    """What the folder's job.json says that was run."""
+    file = path / "job.json"
+    if not file.is_file():
+        raise InputError("--out", f"{path}, which holds something else", should)
+    try:
+        job = json.loads(file.read_text(encoding="utf-8"))["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        job = None
+    if not isinstance(job, dict):
+        raise InputError("--out", f"{file}, which is damaged", should)
+    return job
+
+
+def _read_row(file: Path) -> Row:
+    try:
+        return Row(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise InputError("--out", f"{file}, which is damaged", "a finished row; remove the file to measure it again") from None
+
+
+@contextlib.contextmanager
+def writing(argument: str, path: Path) -> Iterator[None]:
+    """Makes what the system refuses (no such place, no permission, no space) bad input."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(argument, f"{path} ({error.strerror or error})", "a folder that can be written to") from None
+
+
+def check_new(argument: str, path: Path) -> None:
+    """Check that a folder is empty, or can be made."""
+    should = "a folder that is new or empty"
+    check_place(argument, path, should)
+    with writing(argument, path):
+        if path.exists() and any(path.iterdir()):
+            raise InputError(argument, f"{path}, which holds something", should)
 
 
 def check_place(argument: str, path: Path, should: str = "a folder") -> None:

@@ -103,7 +103,7 @@ def _check(job: Job) -> str:
     if not job.to:
         raise InputError("--to", "nothing", "at least one mechanism")
     labels = [choice.label for choice in job.to]
-    if len(set(labels)) < len(labels):
+    if len({choice.resolved for choice in job.to}) < len(labels):
         raise InputError("--to", ", ".join(labels), "each mechanism once")
     for choice in job.to:
         if not contract.card(choice.name).causal:
@@ -113,6 +113,8 @@ def _check(job: Job) -> str:
     dtype_of(job.dtype)
     if job.stride is not None and job.stride > job.window:
         raise InputError("--stride", job.stride, f"at most the window, {job.window}")
+    if not 0 <= job.seed < 2**63:
+        raise InputError("--seed", job.seed, "at least 0 and less than 2**63")
     if job.lr is not None and not 0 < job.lr < math.inf:
         raise InputError("--lr", job.lr, "a positive number")
     return pick_device(job.device)

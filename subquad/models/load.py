@@ -178,12 +178,41 @@ def _hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     should = f"{DEFAULT}, a folder, a GGUF file, or a hub id that can be reached or is in the local hub cache"
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise InputError("model", f"{name} (no such file or folder)", should)
+    if "/" not in name:
+        raise nearest("model", name, [DEFAULT], "model name, a folder, a GGUF file, or a hub id (owner/name)")
     try:
-        return _pretrained(name, dtype, local=False)
+        if _reached(name):
+            return _pretrained(name, dtype, local=False)
+        return _folder(_cached(name), dtype)
     except InputError:
         raise
     except Exception as error:  # offline, unknown, gated, not a language model: all arrive as different classes
         raise InputError("model", repr(name), f"{should} ({_line(error)})") from None
+
+
+def _reached(name: str) -> bool:
+    """Whether the hub answers, asked once: loading would ask several times, and wait longer each time."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        with quiet():
+            HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError as error:  # below 500 it is an answer, and loading says which
+        return error.response is not None and error.response.status_code < 500
+    except Exception:  # no network, no proxy, no time: each client has classes of its own
+        return False
+    return True
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError("the hub cannot be reached, and nothing is cached") from None
 
 
 def _pretrained(name: str, dtype: torch.dtype, local: bool) -> tuple[Any, Any]:
@@ -207,15 +236,18 @@ def _line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without progress bars and warnings; errors still raise."""
+    """transformers and the hub's client without progress bars and warnings; errors still raise."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, bars, hub_level = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub.get_verbosity()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()

@@ -122,7 +122,10 @@ def test_an_unfinished_run_of_another_command_is_named(job, tmp_path):
         ({"layers": "some"}, "--layers"),
         ({"layers": "0,9"}, "9"),
         ({"dtype": "flot32"}, "nearest: .*float32"),
+        ({"to": (Choice("gla"), Choice("gla", {"gate_rank": 16}))}, "each mechanism once"),
         ({"lr": -1.0}, "--lr: got -1.0"),
+        ({"seed": 2**63}, "--seed: got 9223372036854775808"),
+        ({"seed": -1}, "--seed: got -1"),
         ({"stride": 65}, "--stride: got 65"),
         ({"windows": 99}, "text: got 2120 tokens; expected at least 6368 tokens"),
         ({"text": ("/nowhere.txt",)}, "/nowhere.txt"),
@@ -156,3 +159,30 @@ def test_the_folder_says_what_it_was_made_with(job, tmp_path):
     Folder(tmp_path / "out", job_file._plain(job), "the command").begin()
     read = json.loads((tmp_path / "out" / "job.json").read_text())
     assert read["command"] == "the command" and read["job"]["to"] == [WINDOW.label, LOLCATS.label]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"job": [1]}'])
+def test_a_damaged_job_file_is_named(job, tmp_path, content):
+    (tmp_path / "job.json").write_text(content)
+    with pytest.raises(InputError, match=r"job\.json, which is damaged"):
+        run_job(job, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["job.json"] and (tmp_path / "job.json").read_text() == content
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"unknown": 1}'])
+def test_a_damaged_row_file_is_named(tmp_path, content):
+    from subquad.bench.folder import Folder
+
+    Folder(tmp_path, {"steps": 1}).begin()
+    (tmp_path / "rows" / "original.json").write_text(content)
+    with pytest.raises(InputError, match=r"original\.json, which is damaged"):
+        Folder(tmp_path, {"steps": 1})
+
+
+def test_what_the_system_refuses_names_the_folder(tmp_path):
+    from subquad.bench.folder import Folder
+
+    folder = Folder(tmp_path / "out", {})
+    (tmp_path / "out").write_text("came in between")
+    with pytest.raises(InputError, match=r"--out: got .*out .*a folder that can be written to"):
+        folder.begin()

@@ -120,13 +120,16 @@ def test_a_choice_is_read_and_written_alike():
 
     assert parse_choice("--to", "sliding-window:window=64,sinks=4") == Choice("sliding-window", {"window": 64, "sinks": 4})
     assert parse_choice("--to", "sliding-window:window=64,sinks=4").label == "sliding-window:window=64,sinks=4"
-    assert [parse_layers(t) for t in ("all", "3:1", "0,4-6,2")] == ["all", "3:1", [0, 2, 4, 5, 6]]
+    assert [parse_layers(t) for t in ("all", "3:1", "0,4-6,2", "-1,0")] == ["all", "3:1", [0, 2, 4, 5, 6], [-1, 0]]
     assert integers("--tokens", "1,22") == [1, 22]
     for call, part in (
         (lambda: parse_choice("--to", "slidin-window"), "nearest: sliding-window"),
         (lambda: parse_choice("--to", "sliding-window:windw=3"), "nearest: window"),
         (lambda: parse_choice("--to", "sliding-window:64"), "NAME:option=value"),
+        (lambda: parse_choice("--to", "sliding-window:window=64,window=32"), "window twice"),
         (lambda: parse_layers("some"), "--layers: got 'some'"),
+        (lambda: parse_layers("7-4"), "--layers: got '7-4'"),
+        (lambda: parse_layers("-3-4"), "--layers: got '-3-4'"),
         (lambda: integers("--tokens", "1,x"), "positive integers"),
         (lambda: pick_device("cuda:9"), "--device"),
         (lambda: pick_device("tpu"), "cpu or cuda"),

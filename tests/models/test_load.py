@@ -163,3 +163,22 @@ def test_the_embedded_model_reads_english(monkeypatch, tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer("<|im_end|>")["input_ids"] == [2] == [model.generation_config.eos_token_id]
     model.requires_grad_(True).train().to(torch.float64)  # not refused as quantized
+
+
+def test_a_hub_that_is_not_reached_is_asked_once_and_the_local_cache_serves(monkeypatch, tmp_path):
+    from huggingface_hub import HfApi
+
+    asked = []
+
+    def unreachable(self, name, **_):
+        asked.append(name)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", lambda: pytest.fail("asked again"))
+    with pytest.raises(InputError, match=r"nobody/nothing.*cannot be reached"):
+        load_model("nobody/nothing")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, local_files_only: str(tmp_path))
+    with pytest.raises(InputError, match=r"a folder with config\.json"):
+        load_model("some/body")
+    assert asked == ["nobody/nothing", "some/body"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ ROLLBACK = 256  # tokens of a recorded prompt that `crop` can take back (drafts 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What one call feeds a mechanism: q, k, v ``[B, N, H, D]``, their angles, and the hidden states it projects from."""
+    """What one call feeds a mechanism: q, k, v ``[B, N, H, D]``, their angles, and the hidden states it projects from.
+
+    Packed sequences come with `cu_seqlens`, and those of a padded batch with `real` ``[B, columns]``, True where tokens are.
+    """
 
     q: Tensor
     k: Tensor
@@ -27,6 +30,7 @@ class Tokens:
     rotary: Rotary | None = None
     hidden: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    real: Tensor | None = None
 
     def __len__(self) -> int:
         return self.q.shape[1]
@@ -71,11 +75,15 @@ class StateLayer(CacheLayerMixin):
         super().__init__()
         self.state: State | None = None
         self.columns = 0
+        self.padding: list[int] = []  # the last columns, while recording, that were padding in every row
+        self.padding_known_from = 0  # padding in earlier columns is forgotten
         self.record_past = False
         self.device: torch.device | None = None
 
     def attend(self, mechanism: Attention, tokens: Tokens, columns: int) -> Tensor:
         """The mechanism's output for `tokens`, which go on from what was seen and fill `columns` columns."""
+        if self.record_past and tokens.real is not None:
+            self._note_padding(tokens.real)
         self.columns += columns
         self.device, self.is_initialized = tokens.q.device, True
         if len(tokens) == 0:  # nothing but padding
@@ -83,10 +91,20 @@ class StateLayer(CacheLayerMixin):
         state = self.state if self.state is not None and self.state.tensors else None
         if state is not None and state.recording != self.record_past:
             state.record(self.record_past)
+        if self.record_past and tokens.cu_seqlens is not None and tokens.cu_seqlens.shape[0] == 2:
+            tokens = replace(tokens, cu_seqlens=None)  # one packed sequence is a plain one, and plain ones are recorded
         if not self.record_past or tokens.cu_seqlens is not None:
             o, self.state = tokens.call(mechanism, state, return_state=True)
             return o
         return self._attend_recording(mechanism, tokens, state)
+
+    def _note_padding(self, real: Tensor) -> None:
+        """Remember which of the next columns hold no token in any row of `real` ``[B, columns]``."""
+        found = (~real.any(0)).nonzero().squeeze(1) + self.columns
+        noted = self.padding + found[-ROLLBACK - 1 :].tolist()
+        if len(noted) > ROLLBACK:
+            self.padding_known_from = noted[-ROLLBACK - 1] + 1
+        self.padding = noted[-ROLLBACK:]
 
     def _attend_recording(self, mechanism: Attention, tokens: Tokens, state: State | None) -> Tensor:
         """As `attend`, able to roll back; of a long prompt only the last tokens are recorded, not the whole of it."""
@@ -127,13 +145,20 @@ class StateLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` columns (a positive number is the length to keep, as before transformers 5.18)."""
         drop = self.columns - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        if drop <= 0 or self.state is None:
+        if drop <= 0:
             return
-        self.state = self.state.crop(-drop)
-        self.columns -= drop
+        keep = max(self.columns - drop, 0)
+        if self.state is not None:
+            if self.padding_known_from > keep:
+                raise InputError("tokens_to_remove", tokens_to_remove, f"to keep at least the first {self.padding_known_from} columns")
+            tokens = drop - sum(column >= keep for column in self.padding)  # the State has seen no padding
+            self.state = self.state.crop(-tokens) if tokens else self.state
+        self.padding = [column for column in self.padding if column < keep]
+        self.columns = keep
 
     def reset(self) -> None:
         self.state, self.columns, self.is_initialized = None, 0, False
+        self.padding, self.padding_known_from = [], 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.state is not None:

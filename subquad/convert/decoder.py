@@ -21,16 +21,18 @@ class Padding(NamedTuple):
     """Where the real tokens of a padded batch are.
 
     places: ``[total]``, where they are in the flattened ``[B·N]``. cu_seqlens: ``[S + 1]``, their offsets by sequence.
+    real: ``[B, N]``, True at real tokens; None if every place holds one.
     """
 
     places: Tensor
     cu_seqlens: Tensor
+    real: Tensor | None = None
 
     @staticmethod
     def of(real: Tensor) -> Padding:
         """From a boolean ``[B, N]``, True at real tokens."""
         ends = real.sum(1).cumsum(0)
-        return Padding(real.flatten().nonzero().squeeze(1), torch.cat([ends.new_zeros(1), ends]).int())
+        return Padding(real.flatten().nonzero().squeeze(1), torch.cat([ends.new_zeros(1), ends]).int(), real)
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, N, …]`` to ``[1, total, …]``."""
@@ -106,7 +108,8 @@ class SwappedDecoderAttention(SwappedAttention):
         if abs(self.query_scale - 1) > 1e-6:
             q = q * self.query_scale
         given = hidden if self.mechanism.card.needs_hidden else None
-        return Tokens(q, k, v, rotary, given, None if padding is None else padding.cu_seqlens)
+        packed = () if padding is None else (padding.cu_seqlens, padding.real)
+        return Tokens(q, k, v, rotary, given, *packed)
 
 
 def _padding_of_mask(mask: Tensor | None, columns: int) -> Padding | None:
@@ -118,19 +121,26 @@ def _padding_of_mask(mask: Tensor | None, columns: int) -> Padding | None:
     return None if bool(real.all()) else Padding.of(real)
 
 
-def find_padding(mask: Any, positions: Tensor | None, columns: int, caching: bool) -> tuple[Padding | None, Tensor | None]:
+def find_padding(
+    mask: Any, positions: Tensor | None, rows: int, columns: int, cache: SubquadCache | None
+) -> tuple[Padding | None, Tensor | None]:
     """Padding and position ids of one forward pass.
 
     Args:
-        mask: what the model got: ``[B, seen + N]``, 0 at padding, or None.
+        mask: what the model got: ``[rows, seen + columns]``, 0 at padding, or None.
         positions: its position ids; without any, those that count real tokens only are made where there is padding, so that a
             padded row is turned by the same angles as the row alone.
+        rows, columns: the batch and the new columns of this pass.
+        cache: what holds the seen columns; None without a cache.
     """
     if mask is None:
-        return (None if caching or positions is None else _packed(positions)), positions
+        return (None if cache is not None or positions is None else _packed(positions)), positions
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         was = shape_of(mask) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError("attention_mask", was, "a two-dimensional mask [batch, tokens], 0 at padding: swapped layers take no other")
+    whole = columns + (0 if cache is None else cache.get_seq_length())
+    if mask.shape != (rows, whole):
+        raise InputError("attention_mask", shape_of(mask), f"[{rows}, {whole}]")
     real = mask != 0
     if bool(real.all()):
         return None, positions
@@ -171,8 +181,8 @@ class DecoderModel:
             past_key_values = SubquadCache(self)
         given = inputs_embeds if input_ids is None else input_ids
         if given is not None:
-            columns, rows = given.shape[1], given.shape[0]
-            padding, position_ids = find_padding(attention_mask, _rows(position_ids, rows), columns, past_key_values is not None)
+            rows, columns = given.shape[:2]
+            padding, position_ids = find_padding(attention_mask, _rows(position_ids, rows), rows, columns, past_key_values)
             kwargs["subquad_padding"] = padding
             if self.all_swapped:
                 # No layer reads a four-dimensional mask: an empty one keeps transformers from building it, N² in size.

@@ -370,3 +370,81 @@ def test_wrong_use_is_one_line(decoder):
     refuses("layer 1 is not swapped", lambda: model(ids, past_key_values=other(ids[:, :3]).past_key_values))
     model.is_quantized = True
     refuses("quantized", lambda: subquad.swap(model, "toy-linear", layers=[0]))
+
+
+@pytest.mark.parametrize(("name", "layers"), [("toy-linear", [0, 1, 3]), ("gla", "all")])
+@pytest.mark.parametrize("padding", [[0, 1, 2], [6], [0, 1, 5, 11], [13]])
+def test_assisted_generation_of_a_padded_prompt(decoder, name, layers, padding):
+    """Padding in front, inside and at the end of a prompt, told by a mask; drafts are checked by, or made by, swapped layers."""
+    plain = decoder(initializer_range=0.02)
+    target = subquad.swap(copy.deepcopy(plain), name, layers=layers)
+    ids, mask = tokens(1, 14), torch.ones(1, 14, dtype=torch.long)
+    mask[0, padding] = 0
+    greedy = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    for model, assistant in ((target, plain), (plain, target)):
+        assert torch.equal(model.generate(ids, assistant_model=assistant, **greedy), model.generate(ids, **greedy))
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5, 7, 12, 13])
+def test_crop_counts_columns_and_drops_only_real_tokens(decoder, cut):
+    from subquad.convert.cache import SubquadCache
+
+    model, ids = subquad.swap(decoder(), "toy-linear", layers=[0, 1, 3]), tokens(1, 14)
+    mask = torch.ones_like(ids)
+    mask[0, [0, 1, 5, 6, 9]] = 0
+    cache = SubquadCache(model)
+    cache.activate_past_recording()
+    for start, stop in ((0, 1), (1, 8), (8, 9), (9, 10), (10, 14)):
+        logits(model, ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+    whole = logits(model, ids, attention_mask=mask, use_cache=False)
+    cache.crop(cut - 14)
+    assert [layer.get_seq_length() for layer in cache.layers] == [cut] * 4
+    again = logits(model, ids[:, cut:], attention_mask=mask, past_key_values=cache)
+    close(again[mask[:, cut:] == 1], whole[:, cut:][mask[:, cut:] == 1])
+    assert cache.layers[0].state.length.tolist() == [9]
+
+
+def test_crop_past_more_padding_than_is_remembered(decoder):
+    from subquad.convert.cache import ROLLBACK, SubquadCache
+
+    model, ids = subquad.swap(decoder(), "toy-linear"), tokens(1, ROLLBACK + 20)
+    mask = torch.ones_like(ids)
+    mask[0, 5 : ROLLBACK + 10] = 0  # five columns of padding too many
+    cache = SubquadCache(model)
+    cache.activate_past_recording()
+    whole = logits(model, ids, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(InputError, match="keep at least the first 10 columns"):
+        cache.crop(-ROLLBACK - 11)
+    cache.crop(-ROLLBACK - 10)
+    assert cache.layers[0].state.length.tolist() == [5]
+    close(logits(model, ids[:, 10:], attention_mask=mask, past_key_values=cache)[:, -10:], whole[:, -10:])
+
+
+def test_crop_refuses_several_rows_with_padding(decoder):
+    from subquad.convert.cache import SubquadCache
+
+    model, (ids, mask) = subquad.swap(decoder(), "toy-linear"), left_padded(tokens(), [5, 0])
+    cache = SubquadCache(model)
+    cache.activate_past_recording()
+    logits(model, ids, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(InputError, match="recorded"):
+        cache.crop(-2)
+
+
+def test_a_mask_of_another_shape_is_refused(decoder):
+    model, ids = subquad.swap(decoder(), "toy-linear", layers=[0, 1, 3]), tokens(2, 11)
+    cache = model(ids[:, :6]).past_key_values
+    wrong = [
+        ((2, 5), 11, {}, [2, 11]),
+        ((2, 16), 11, {"use_cache": False}, [2, 11]),
+        ((3, 11), 11, {}, [2, 11]),
+        ((1, 11), 11, {}, [2, 11]),
+        ((2, 5), 5, {"past_key_values": cache}, [2, 11]),
+    ]
+    for shape, columns, kwargs, should in wrong:
+        mask = torch.ones(shape, dtype=torch.long)
+        for first in (1, 0):
+            mask[0, 0] = first
+            with pytest.raises(InputError) as error:
+                logits(model, ids[:, -columns:], attention_mask=mask, **kwargs)
+            assert "attention_mask" in str(error.value) and f"expected {should}" in str(error.value)

@@ -54,8 +54,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, longer_keys: bool = False) -> 
             raise InputError(name, type(x).__name__, "a tensor [B, N, H, D]")
         if x.dim() != 4:
             raise InputError(name, shape_of(x), "four dimensions [B, N, H, D]")
-        if not x.is_floating_point():
-            raise InputError(name, shape_of(x), "a floating-point tensor")
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise InputError(name, shape_of(x), "a floating-point tensor (float16, bfloat16, float32 or float64)")
         if x.dtype != q.dtype:
             raise InputError(name, shape_of(x), f"the dtype of q, {str(q.dtype).removeprefix('torch.')}")
         if x.device != q.device:

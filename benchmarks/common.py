@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,3 +88,54 @@ def time_cuda(call: Callable[[], Any], budget: float = 0.3, most: int = 50) -> d
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference over the largest absolute value of `b`."""
     return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+def failure(error: BaseException) -> str:
+    """An error in one short line, to stand in a table in place of a figure."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:120]}"
+
+
+class Report:
+    """A result file that grows: sections that cannot take each other down, and tables."""
+
+    def __init__(self, benchmark: str, title: str, device: str, path: Path) -> None:
+        self.path = path
+        self.result: dict[str, Any] = {"benchmark": benchmark, "title": title, **stamp(device), "tables": []}
+
+    def fenced(self, name: str, section: Callable[[Any], Any], seconds: int) -> None:
+        """Run a section for at most so many seconds; write what it gave, or how it failed."""
+
+        def late(*_: Any) -> None:
+            raise TimeoutError(f"more than {seconds} s")
+
+        start = time.perf_counter()
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(seconds)
+        try:
+            self.result[name] = section(self)
+        except Exception as error:  # whatever it is: recorded, and the other sections still run
+            self.result[name] = {"error": failure(error), "traceback": traceback.format_exc()[-2000:]}
+        finally:
+            signal.alarm(0)
+        took = time.perf_counter() - start
+        print(f"{name}: {took:.0f} s{f', {self.error(name)}' if self.error(name) else ''}", flush=True)
+        write_json(self.path, self.result)
+
+    def error(self, name: str) -> str | None:
+        """How a section failed; None when it did not."""
+        found = self.result.get(name)
+        return found.get("error") if isinstance(found, dict) else None
+
+    def table(self, title: str, *columns: str) -> Callable[..., None]:
+        """Open a table of the result, in place of one of that title; gives the function that adds a row, so that a late
+        section keeps its first rows."""
+        rows: list[list[str]] = []
+        self.result["tables"] = [table for table in self.result["tables"] if table["title"] != title]
+        self.result["tables"].append({"title": title, "columns": list(columns), "rows": rows})
+        print(f"\n{title}\n  {' | '.join(columns)}")
+
+        def add(*cells: str) -> None:
+            rows.append(list(cells))
+            print("  " + " | ".join(cells), flush=True)
+
+        return add

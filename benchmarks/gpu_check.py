@@ -13,18 +13,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, ROOT, slug, stamp, time_cpu, time_cuda, write_json
+from common import RESULTS, ROOT, Report, failure, slug, time_cpu, time_cuda
 from torch import Tensor
 
 import subquad
@@ -40,14 +37,14 @@ MEASURES = ("forward ms", "forward + backward ms", "MB, forward")
 Call = Callable[[], Any]
 
 
-class Bench:
+class Bench(Report):
     """The device, its timers, and the result so far."""
 
     def __init__(self, device: str, path: Path) -> None:
-        self.device, self.path = torch.device(device), path
+        super().__init__("gpu_check", "Plain-torch forms on GPU", device, path)
+        self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
         self.shapes = SHAPES if self.cuda else TRY_SHAPES
-        self.result: dict[str, Any] = {"benchmark": "gpu_check", "title": "Plain-torch forms on GPU", **stamp(device), "tables": []}
 
     def time(self, call: Call) -> float:
         """Milliseconds of one call."""
@@ -86,42 +83,6 @@ class Bench:
                 if self.cuda:
                     torch.cuda.empty_cache()
         return cells
-
-    def fenced(self, name: str, section: Callable[[Bench], Any]) -> None:
-        """Run a section for at most its seconds; write what it gave, or how it failed."""
-
-        def late(*_: Any) -> None:
-            raise TimeoutError(f"more than {SECONDS[name]} s")
-
-        start = time.perf_counter()
-        signal.signal(signal.SIGALRM, late)
-        signal.alarm(SECONDS[name])
-        try:
-            self.result[name] = section(self)
-        except Exception as error:  # whatever it is: recorded, and the other sections still run
-            self.result[name] = {"error": failure(error), "traceback": traceback.format_exc()[-2000:]}
-        finally:
-            signal.alarm(0)
-        took = time.perf_counter() - start
-        failed = isinstance(self.result[name], dict) and self.result[name].get("error")
-        print(f"{name}: {took:.0f} s{f', {failed}' if failed else ''}", flush=True)
-        write_json(self.path, self.result)
-
-    def table(self, title: str, *columns: str) -> Callable[..., None]:
-        """Open a table of the result; gives the function that adds a row, so that a late section keeps its first rows."""
-        rows: list[list[str]] = []
-        self.result["tables"].append({"title": title, "columns": list(columns), "rows": rows})
-        print(f"\n{title}\n  {' | '.join(columns)}")
-
-        def add(*cells: str) -> None:
-            rows.append(list(cells))
-            print("  " + " | ".join(cells), flush=True)
-
-        return add
-
-
-def failure(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:120]}"
 
 
 # ---- sections ----------------------------------------------------------------------------------------------------
@@ -279,9 +240,9 @@ def main() -> int:
     bench = Bench(args.device, path)
     print(f"{bench.result['device']}, {bench.result['versions']}")
     for name in args.only:
-        bench.fenced(name, SECTIONS[name])
+        bench.fenced(name, SECTIONS[name], SECONDS[name])
     print(f"written to {path}")
-    broken = [name for name in args.only if isinstance(bench.result[name], dict) and bench.result[name].get("error")]
+    broken = [name for name in args.only if bench.error(name)]
     return 1 if broken or bench.result.get("tests", {}).get("exit", 0) != 0 else 0
 
 

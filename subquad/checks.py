@@ -99,8 +99,8 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, *, name: str = "cu_se
         raise InputError(name, was, "an integer tensor [S + 1]")
     if q.shape[0] != 1:
         raise InputError(name, f"given with batch size {q.shape[0]}", "packed input [1, total, H, D]")
-    if torch.compiler.is_compiling():
-        return  # values cannot be read while tracing
+    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # values cannot be read while tracing, nor while a graph is captured
     ends = cu_seqlens.tolist()
     if len(ends) < 1 or ends[0] != 0 or ends[-1] != q.shape[1] or any(a > b for a, b in pairwise(ends)):
         shown = ends if len(ends) <= 6 else f"[{ends[0]}, …, {ends[-1]}]"

@@ -6,6 +6,8 @@ state, m chunks of C tokens, and r query heads that share one state head (query 
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from functools import wraps
 from itertools import pairwise
@@ -44,6 +46,19 @@ def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
             return function(first, *args, **kwargs)
 
     return run
+
+
+def kernels_serve(x: Tensor, *widths: int) -> bool:
+    """Whether the Triton kernels serve tensors like x with these head dims: on CUDA, or wherever SUBQUAD_KERNELS=on; not =off."""
+    wish = os.environ.get("SUBQUAD_KERNELS", "auto")
+    if wish == "off" or x.dtype == torch.float64 or max(widths, default=0) > 256:
+        return False
+    return (x.is_cuda or wish == "on") and importlib.util.find_spec("triton") is not None
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a call is being traced (compiled, exported, run on fake tensors), so that it must be an operator."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 class Span(NamedTuple):

@@ -133,10 +133,13 @@ LEAK, OUTPUT, STEPS = (
 )
 PLANTED = [  # what it is, the module, the text and what takes its place, mechanisms, checks that turn red
     ("no causal mask, without decay", DECAY, ".tril_()", "", ("hedgehog", "based", "lolcats", "deltanet"), LEAK),
-    ("no causal mask, with decay", DECAY, ".masked_fill_(later, -torch.inf)", "", ("lightning", "gated-deltanet"), LEAK),
+    (
+        "no causal mask, with decay", DECAY, ".masked_fill_(later, -torch.inf)", "",
+        ("lightning", "retnet", "simple-gla", "gated-deltanet"), LEAK,
+    ),
     (
         "no causal mask, decay per channel", DECAY, "a.new_zeros(p, m, c * ra, c * rb)",
-        "torch.bmm(rows(a), rows(b).mT).view(p, m, c * ra, c * rb)", ("gla",), LEAK,
+        "torch.bmm(rows(a), rows(b).mT).view(p, m, c * ra, c * rb)", ("gla", "hgrn2", "kda"), LEAK,
     ),
     (
         "no causal mask inside a block", "subquad.ops.sparse.tiles",
@@ -145,36 +148,45 @@ PLANTED = [  # what it is, the module, the text and what takes its place, mechan
     ),
     (
         "bfloat16 between chunks", LINEAR, "starts.append(state)", "state = state.bfloat16().to(state.dtype); starts.append(state)",
-        ("hedgehog", "based", "lolcats", "lightning", "gla"), OUTPUT,
+        ("hedgehog", "based", "lolcats", "lightning", "retnet", "simple-gla", "gla", "hgrn2"), OUTPUT,
     ),
     (
         "bfloat16 between chunks", DELTA, "u = torch.baddbmm(fresh", "state = state.bfloat16().to(state.dtype); u = torch.baddbmm(fresh",
-        ("deltanet", "gated-deltanet"), OUTPUT,
+        ("deltanet", "gated-deltanet", "kda"), OUTPUT,
     ),
     (
         "bfloat16 in a step", LINEAR, "torch.addcmul(state, k", "torch.addcmul(state.bfloat16().to(state.dtype), k",
-        ("hedgehog", "based", "lightning", "gla"), STEPS,
+        ("hedgehog", "based", "lightning", "retnet", "simple-gla", "gla", "hgrn2"), STEPS,
     ),
     (
         "bfloat16 in a step", DELTA, "torch.addcmul(state, k", "torch.addcmul(state.bfloat16().to(state.dtype), k",
-        ("deltanet", "gated-deltanet"), STEPS,
+        ("deltanet", "gated-deltanet", "kda"), STEPS,
     ),
     (
         "no decay between chunks", LINEAR, "torch.addcmul(sums[:, i], total[:, min(i, total.shape[1] - 1)], state)", "sums[:, i] + state",
-        ("lightning", "gla"), OUTPUT,
+        ("lightning", "retnet", "simple-gla", "gla", "hgrn2"), OUTPUT,
     ),
-    ("no decay between chunks", DELTA, "if total is not None:", "if False:", ("gated-deltanet",), OUTPUT),
-    ("no decay in a step", LINEAR, "if log_decay is not None:\n        a = ", "if False:\n        a = ", ("lightning", "gla"), STEPS),
-    ("no decay in a step", DELTA, "if log_decay is not None:\n        a = ", "if False:\n        a = ", ("gated-deltanet",), STEPS),
-    ("sequences run together", LINEAR, CARRIED, f"{CARRIED} if not span.start else carried", ("lightning", "gla", "based"), ("packed",)),
-    ("sequences run together", DELTA, CARRIED, f"{CARRIED} if not span.start else carried", ("deltanet", "gated-deltanet"), ("packed",)),
+    ("no decay between chunks", DELTA, "if total is not None:", "if False:", ("gated-deltanet", "kda"), OUTPUT),
+    (
+        "no decay in a step", LINEAR, "if log_decay is not None:\n        a = ", "if False:\n        a = ",
+        ("lightning", "retnet", "simple-gla", "gla", "hgrn2"), STEPS,
+    ),
+    ("no decay in a step", DELTA, "if log_decay is not None:\n        a = ", "if False:\n        a = ", ("gated-deltanet", "kda"), STEPS),
+    (
+        "sequences run together", LINEAR, CARRIED, f"{CARRIED} if not span.start else carried",
+        ("lightning", "retnet", "simple-gla", "gla", "hgrn2", "based"), ("packed",),
+    ),
+    (
+        "sequences run together", DELTA, CARRIED, f"{CARRIED} if not span.start else carried",
+        ("deltanet", "gated-deltanet", "kda"), ("packed",),
+    ),
     *(
         (
             "scaled twice", f"subquad.ops.{primitive}", "q.shape[-1] ** -0.5 if scale is None", "q.shape[-1] ** -1.0 if scale is None",
             names, ("output", "output in float32", "steps"),
         )
         for primitive, names in (
-            ("linear", ("gla",)), ("delta", ("deltanet", "gated-deltanet")), ("sparse", ("sliding-window", "lolcats")),
+            ("linear", ("gla", "simple-gla")), ("delta", ("deltanet", "gated-deltanet", "kda")), ("sparse", ("sliding-window", "lolcats")),
         )
     ),
 ]  # fmt: skip

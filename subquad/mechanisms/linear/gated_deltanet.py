@@ -22,6 +22,12 @@ from subquad.mechanisms.linear import deltanet
 from subquad.mechanisms.linear.deltanet import BETA, DeltaNet
 
 
+def step_bias(*shape: int) -> Tensor:
+    """Biases whose softplus is log-uniform in [0.001, 0.1], Mamba-2's first steps."""
+    step = torch.empty(shape).uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
+    return step + (-torch.expm1(-step)).log()
+
+
 def _bytes_moved(s: Shape, **_: object) -> float:
     return s.tensor_bytes + s.batch * s.tokens * s.kv * (4 + s.itemsize)  # the decay in float32, and β
 
@@ -56,9 +62,8 @@ class GatedDeltaNet(DeltaNet):
         super().__init__(heads, head_dim, qk_activation=qk_activation, negative_eigenvalues=negative_eigenvalues, **sizes)
         if self.hidden_size is not None:
             self.decay = nn.Linear(self.hidden_size, self.kv_heads, bias=False)
-            step = torch.empty(self.kv_heads).uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
             self.A_log = nn.Parameter(torch.empty(self.kv_heads).uniform_(1e-4, 16).log_())
-            self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # softplus of it is the step
+            self.dt_bias = nn.Parameter(step_bias(self.kv_heads))
 
     def project(self, hidden: Tensor) -> dict[str, Tensor]:
         gate = self.decay(hidden)

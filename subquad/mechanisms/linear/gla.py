@@ -20,7 +20,8 @@ from subquad.ops.common import CHUNK
 from subquad.ops.linear import linear_attention
 
 
-def _flops(s: Shape, **_: object) -> float:
+def recurrence_flops(s: Shape, **_: object) -> float:
+    """Of the chunked linear recurrence: scores and values inside a chunk, and products with the state."""
     return s.batch * s.tokens * s.heads * (CHUNK * (s.head_dim + s.values) + 4 * s.head_dim * s.values)
 
 
@@ -45,7 +46,7 @@ class GatedLinearAttention(Attention):
         causal=True,
         recurrent=True,
         inputs={"log_decay": Input("log of the decay per key channel, ≤ 0", ("B", "N", "Hs", "D"), -1.0, 0.0, (-1e3, 0.0))},
-        flops=_flops,
+        flops=recurrence_flops,
         bytes_moved=_bytes_moved,
         state_bytes=lambda s, **_: max(4, s.itemsize) * s.batch * s.kv * s.head_dim * s.values,
         keeps="one {head_dim} × {value_dim} matrix in float32 for each of {kv_heads} key heads",

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from subquad.checks import compute_dtype, nearest
-from subquad.contract import Attention, Call, Card, Shape, register
-from subquad.ops.common import CHUNK, expand_heads
+from subquad.contract import Attention, Call, Card, register
+from subquad.mechanisms.linear.gla import recurrence_flops
+from subquad.ops.common import expand_heads
 from subquad.ops.linear import linear_attention
 from subquad.rotary import Rotary, rotate
 
@@ -46,12 +47,30 @@ def log_decays(slopes: str, heads: int, layer: tuple[int, int]) -> list[float]:
     return [-(8 * h / heads) * (1 - index / count) for h in range(heads)]
 
 
-def _flops(s: Shape, **_: object) -> float:
-    return s.batch * s.tokens * s.heads * (CHUNK * (s.head_dim + s.values) + 4 * s.head_dim * s.values)
+class FixedDecay(Attention):
+    """A mechanism whose heads decay by constants: `log_decay` ``[H]``, of which `log_decays` gives the values."""
+
+    log_decay: Tensor
+
+    def log_decays(self) -> list[float]:
+        """log λ of each head."""
+        raise TypeError(f"{type(self).__name__} must define log_decays()")
+
+    def make_log_decay(self) -> None:
+        """Called when everything that the constants depend on is set."""
+        self.register_buffer("log_decay", self._decays(), persistent=False)
+
+    def _decays(self, device: torch.device | None = None) -> Tensor:
+        return torch.tensor(self.log_decays(), dtype=torch.float64, device=device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FixedDecay:
+        super()._apply(fn, recurse)
+        self.log_decay = self._decays(self.log_decay.device)  # moves with the module, but is never rounded to its dtype
+        return self
 
 
 @register("lightning")
-class Lightning(Attention):
+class Lightning(FixedDecay):
     """Linear attention with a constant decay per head.
 
     Args:
@@ -66,12 +85,11 @@ class Lightning(Attention):
         summary="Causal linear attention with a fixed decay per head: constant speed and memory at any length.",
         causal=True,
         recurrent=True,
-        flops=_flops,
+        flops=recurrence_flops,
         bytes_moved=lambda s, **_: s.tensor_bytes,
         state_bytes=lambda s, **_: max(4, s.itemsize) * s.batch * s.heads * s.head_dim * s.values,
         keeps="one {head_dim} × {value_dim} matrix in float32 for each of {heads} heads",
     )
-    log_decay: Tensor
 
     def __init__(
         self,
@@ -88,15 +106,10 @@ class Lightning(Attention):
         if feature_map not in FEATURE_MAPS:
             raise nearest("feature_map", feature_map, FEATURE_MAPS, "feature map of lightning")
         self.slopes, self.feature_map = slopes, feature_map
-        self.register_buffer("log_decay", self._decays(), persistent=False)
+        self.make_log_decay()
 
-    def _decays(self, device: torch.device | None = None) -> Tensor:
-        return torch.tensor(log_decays(self.slopes, self.heads, self.layer), dtype=torch.float64, device=device)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Lightning:
-        super()._apply(fn, recurse)
-        self.log_decay = self._decays(self.log_decay.device)  # moves with the module, but is never rounded to its dtype
-        return self
+    def log_decays(self) -> list[float]:
+        return log_decays(self.slopes, self.heads, self.layer)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         dtype = q.dtype

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from subquad.checks import InputError, check_cu_seqlens, check_qkv, check_tensor, compute_dtype, shape_of
-from subquad.ops.common import expand_heads, spans
+from subquad.ops import step
+from subquad.ops.common import expand_heads, kernels_serve, spans
 from subquad.ops.delta.chunked import DeltaRule, delta_step, run
 
 __all__ = ["delta_rule"]
@@ -48,20 +49,28 @@ def delta_rule(
     """
     heads, state_heads = _check(q, k, v, beta, log_decay, initial_state, cu_seqlens)
     dtype = compute_dtype(q)
-    q = expand_heads(q, heads if q.shape[2] < state_heads else q.shape[2])
-    k, v = expand_heads(k, state_heads), expand_heads(v, state_heads)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if initial_state is None:
-        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        initial_state = torch.zeros(rows, state_heads, k.shape[3], v.shape[3], dtype=dtype, device=q.device)
-    state = initial_state.to(dtype)
+    state = None if initial_state is None else initial_state.to(dtype)
+    use_kernels = scale != 0 and kernels_serve(q, q.shape[3], v.shape[3])
     # the one place that chooses a path
-    if q.shape[1] == 1 and cu_seqlens is None:
-        o, state = delta_step(q, k, v, beta, log_decay, state, scale)
-    elif torch.compiler.is_compiling():  # the compiler keeps and recomputes what it likes
-        o, state = run(q, k, v, beta, log_decay, state, scale, spans(q.shape[1], cu_seqlens))
+    if use_kernels and cu_seqlens is None and state is not None and step.available(q, k, v, beta, log_decay, state):
+        o, state = step.recurrent_step(q, k, v, log_decay, beta, state, scale)
+    elif use_kernels and (log_decay is None or log_decay.dim() == 3):
+        from subquad.ops.delta.fused import delta_rule as by_kernels
+
+        o, state = by_kernels(q, k, v, beta, log_decay, state, cu_seqlens, scale, return_state)
     else:
-        o, state = DeltaRule.apply(q, k, v, beta, log_decay, state, scale, spans(q.shape[1], cu_seqlens))
+        q = expand_heads(q, heads if q.shape[2] < state_heads else q.shape[2])
+        k, v = expand_heads(k, state_heads), expand_heads(v, state_heads)
+        if state is None:
+            rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            state = torch.zeros(rows, state_heads, k.shape[3], v.shape[3], dtype=dtype, device=q.device)
+        if q.shape[1] == 1 and cu_seqlens is None:
+            o, state = delta_step(q, k, v, beta, log_decay, state, scale)
+        elif torch.compiler.is_compiling():  # the compiler keeps and recomputes what it likes
+            o, state = run(q, k, v, beta, log_decay, state, scale, spans(q.shape[1], cu_seqlens))
+        else:
+            o, state = DeltaRule.apply(q, k, v, beta, log_decay, state, scale, spans(q.shape[1], cu_seqlens))
     o = o.to(q.dtype)
     return (o, state) if return_state else o
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from subquad.checks import InputError, check_cu_seqlens, check_qkv, check_tensor, compute_dtype, shape_of
-from subquad.ops.common import spans
+from subquad.ops import step
+from subquad.ops.common import kernels_serve, spans
 from subquad.ops.linear.chunked import LinearAttention, linear_step
 
 __all__ = ["linear_attention"]
@@ -50,22 +51,28 @@ def linear_attention(
     """
     heads, dtype = _check(q, k, v, log_decay, normalize, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    log_decay = None if log_decay is None else log_decay.to(dtype)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if normalize:  # a column of ones beside v: its output is the denominator, its state is z
         v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
         initial_state = None if initial_state is None else torch.cat([initial_state[0], initial_state[1][..., None]], -1)
-    if initial_state is None:
-        state = torch.zeros(rows, heads, q.shape[3], v.shape[3], dtype=dtype, device=q.device)
-    else:
-        state = initial_state.to(dtype)
-
+    state = None if initial_state is None else initial_state.to(dtype)
+    out_dtype = dtype if normalize else q.dtype
+    use_kernels = scale != 0 and kernels_serve(q, q.shape[3])
     # the one place that chooses a path
-    if q.shape[1] == 1 and cu_seqlens is None:
-        o, state = linear_step(q, k, v, log_decay, state, scale)
+    if use_kernels and cu_seqlens is None and state is not None and step.available(q, k, v, log_decay, state):
+        o, state = step.recurrent_step(q, k, v, log_decay, None, state, scale, out_dtype)
+    elif use_kernels:
+        from subquad.ops.linear.fused import linear_attention as by_kernels
+
+        o, state = by_kernels(q, k, v, log_decay, state, cu_seqlens, scale, return_state, out_dtype)
     else:
-        out_dtype = dtype if normalize else q.dtype
-        o, state = LinearAttention.apply(q, k, v, log_decay, state, scale, spans(q.shape[1], cu_seqlens), out_dtype)
+        log_decay = None if log_decay is None else log_decay.to(dtype)
+        if state is None:
+            state = torch.zeros(rows, heads, q.shape[3], v.shape[3], dtype=dtype, device=q.device)
+        if q.shape[1] == 1 and cu_seqlens is None:
+            o, state = linear_step(q, k, v, log_decay, state, scale)
+        else:
+            o, state = LinearAttention.apply(q, k, v, log_decay, state, scale, spans(q.shape[1], cu_seqlens), out_dtype)
 
     if normalize:
         o = o[..., :-1] / (o[..., -1:] + eps)

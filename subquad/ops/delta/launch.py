@@ -1,0 +1,120 @@
+"""Launches of the delta kernels: operands by strides, parameters from the table."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from subquad.ops.common import CHUNK
+from subquad.ops.delta import kernels
+from subquad.ops.launch import INTERPRETED, cdiv, choose, config, launcher, padded
+from subquad.ops.linear.launch import Decays, bound, count_sequences, slots
+
+
+class Mirrored(NamedTuple):
+    """Results of the mirrored solve: β x, −β u̇ and do, weighed for the passes; gradients of v, of beta by column tiles
+    ``[B, H, tiles, N]``, and of the first state."""
+
+    u: Tensor
+    w: Tensor
+    do: Tensor
+    dv: Tensor
+    dots: Tensor
+    start: Tensor | None
+
+
+def inverse_shape(q: Tensor, heads: int, cu: Tensor | None) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of M."""
+    wide = torch.float32 if q.dtype == torch.float16 else q.dtype  # fp16 would overflow for large keys
+    return (q.shape[0], heads, slots(q.shape[1], count_sequences(q, cu), cu), CHUNK, CHUNK), wide
+
+
+def inverse(k: Tensor, beta: Tensor, decay: Decays, cu: Tensor | None) -> Tensor:
+    """M ``[B, H, slots, C, C]`` of all chunks; k may have fewer heads than beta ``[B, N, H]``."""
+    heads, width, sequences = beta.shape[2], k.shape[-1], count_sequences(k, cu)
+    shape, dtype = inverse_shape(k, heads, cu)
+    out = torch.empty(shape, dtype=dtype, device=k.device)
+    if out.numel() == 0 or k.shape[1] == 0:
+        return out
+    row = config("inverse", width, k.element_size() * 8, _family(decay), few=False)
+    launcher(
+        kernels.inverse_kernel, H=heads, GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK, DECAY=decay.values is not None,
+        PACKED=cu is not None, BS=bound(sequences, cu), WIDE=k.dtype == torch.float16,
+        IP="tf32x3" if k.dtype == torch.float32 or INTERPRETED else "bf16x3", num_warps=min(4, row.warps),
+    )(
+        (shape[2], shape[0] * heads, 1), (k, beta, decay.values, cu, out), k.stride()[:3],
+        (*beta.stride(), k.shape[1], sequences),
+    )  # fmt: skip
+    return out
+
+
+def solve(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, M: Tensor, decay: Decays, cu: Tensor | None, *,
+    scale: float, start: Tensor | None, final: bool, save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """o ``[B, N, H, V]``, x ``[B, N, H, V]`` if `save`, and the final state ``[sequences, H, D, V]`` if `final`."""
+    heads, columns = beta.shape[2], v.shape[-1]
+    common, tiles, sequences = _common("solve", q, k, columns, beta, decay, cu)
+    o = torch.empty(*q.shape[:2], heads, columns, dtype=q.dtype, device=q.device)
+    x = torch.empty_like(o) if save else None
+    last = _last(final, start, 1.0, q, heads, columns, sequences)
+    if q.shape[1] and sequences:
+        launcher(kernels.solve_kernel, GV=heads // v.shape[2], START=start is not None, FINAL=final, SAVE=save, **common)(
+            (tiles, sequences * heads, 1),
+            (q, k, v, beta, M, decay.values, decay.risky, cu, start, o, x, last),
+            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), (*beta.stride(), q.shape[1], scale),
+        )  # fmt: skip
+    return o, x, last
+
+
+def mirror(
+    q: Tensor, k: Tensor, do: Tensor, beta: Tensor, M: Tensor, x: Tensor, decay: Decays, cu: Tensor | None, *,
+    scale: float, start: Tensor | None, final: bool,
+) -> Mirrored:  # fmt: skip
+    """The mirrored solve; `start` is the gradient of the last state, and what is found is in units of 1/scale but for dv and dots."""
+    heads, columns = beta.shape[2], do.shape[-1]
+    common, tiles, sequences = _common("mirror", q, k, columns, beta, decay, cu)
+    u, w, dv = (torch.empty_like(x) for _ in range(3))
+    od = None if decay.values is None else torch.empty_like(x)
+    dots = torch.empty(x.shape[0], heads, tiles, x.shape[1], dtype=torch.float32, device=q.device)
+    last = _last(final, start, 1 / scale, q, heads, columns, sequences)
+    if q.shape[1] and sequences:
+        launcher(kernels.mirror_kernel, START=start is not None, FINAL=final, **common)(
+            (tiles, sequences * heads, 1),
+            (q, k, do, beta, M, decay.values, decay.risky, cu, start, x, u, w, od, dv, dots, last),
+            (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3]), (*beta.stride(), q.shape[1], scale, 1 / scale),
+        )  # fmt: skip
+    return Mirrored(u, w, do if od is None else od, dv, dots, last)
+
+
+def _common(
+    name: str, q: Tensor, k: Tensor, columns: int, beta: Tensor, decay: Decays, cu: Tensor | None
+) -> tuple[dict[str, Any], int, int]:
+    """Constants and options of both solves, the tiles of the columns, and the sequences."""
+    heads, width, sequences = beta.shape[2], q.shape[-1], count_sequences(q, cu)
+    bits, family = q.element_size() * 8, _family(decay)
+    row, _ = choose(name, width, columns, bits, q.device, family, sequences * heads, 1)
+    tile = min(row.columns, padded(columns))
+    common = {
+        "H": heads, "GQ": heads // q.shape[2], "GK": heads // k.shape[2], "D": width, "V": columns, "BD": padded(width), "BV": tile,
+        "C": CHUNK, "DECAY": decay.values is not None, "BOTH": decay.values is not None and decay.both, "PACKED": cu is not None,
+        "WIDE": q.dtype == torch.float16, "IP": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "num_warps": row.warps, "num_stages": row.stages,
+    }  # fmt: skip
+    return common, cdiv(columns, tile), sequences
+
+
+def _last(wanted: bool, start: Tensor | None, scale: float, q: Tensor, heads: int, columns: int, sequences: int) -> Tensor | None:
+    """Room for a final state; without tokens it is the first."""
+    if not wanted:
+        return None
+    out = torch.empty(sequences, heads, q.shape[-1], columns, dtype=torch.float32, device=q.device)
+    if q.shape[1] == 0:
+        return out.zero_() if start is None else out.copy_(start * scale)
+    return out
+
+
+def _family(decay: Decays) -> str:
+    return "none" if decay.values is None else "scalar"

@@ -1,0 +1,147 @@
+"""Launch parameters of the Triton kernels: a table, no tuning at run time. `subquad tune` measures and prints new rows."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret  # on CPU, where bfloat16 products do not exist
+
+
+class Launcher:
+    """Launches one Triton kernel with one set of constants.
+
+    Triton binds and specialises every argument anew at each launch, which takes longer than some of the kernels. Here the
+    compiled kernel is remembered by what Triton specialises on: dtypes, alignment, and integers that are 1 or multiples of 16.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], **options: int) -> None:
+        self.kernel, self.constants, self.options = kernel, constants, options
+        self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.known: dict[Any, Any] = {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], strides: tuple[int, ...], plain: tuple[Any, ...]
+    ) -> None:
+        """Arguments in order: tensors (None where there is none, but the first), strides (specialised), plain numbers (not), constants."""
+        assert tensors[0] is not None
+        if tensors[0].is_cuda and tensors[0].device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensors[0].device):
+                return self(grid, tensors, strides, plain)
+        key = (
+            tensors[0].device,
+            tuple([None if x is None else (x.dtype, x.data_ptr() & 15) for x in tensors]),
+            tuple([(x & 15 == 0, x == 1, x >> 31) for x in strides]),
+        )
+        compiled = self.known.get(key)
+        if compiled is None:
+            self.known[key] = self.kernel[grid](*tensors, *strides, *plain, **self.constants, **self.options)
+        else:
+            compiled[grid](*tensors, *strides, *plain, *self.values)
+
+
+@cache
+def launcher(kernel: Any, *, num_warps: int, num_stages: int = 1, **constants: Any) -> Launcher:
+    """The launcher of a kernel with these constants."""
+    return Launcher(kernel, constants, num_warps=num_warps, num_stages=num_stages)
+
+
+class Config(NamedTuple):
+    """Columns of a tile, warps of a program, stages of the pipeline."""
+
+    columns: int
+    warps: int
+    stages: int
+
+
+def cdiv(n: int, by: int) -> int:
+    """n / by, rounded up; Triton's own is slow on the host."""
+    return -(-n // by)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def padded(width: int) -> int:
+    """A width as the kernels hold it: a power of two, 16 at least."""
+    return max(16, power_of_two(width))
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; on CPU, under the interpreter, 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+# (kernel, padded head dim, bits of the dtype, decay) -> parameters when there are many programs, and when there are few
+TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
+    ("pass", 64, 16, "none"): (Config(64, 4, 4), Config(16, 4, 4)),
+    ("pass", 64, 16, "scalar"): (Config(64, 4, 3), Config(16, 4, 4)),
+    ("pass", 64, 16, "channel"): (Config(64, 4, 2), Config(32, 4, 3)),
+    ("pass", 128, 16, "none"): (Config(64, 4, 4), Config(32, 4, 4)),
+    ("pass", 128, 16, "scalar"): (Config(64, 4, 3), Config(32, 4, 3)),
+    ("pass", 128, 16, "channel"): (Config(64, 4, 2), Config(32, 4, 2)),
+    ("row", 64, 16, "none"): (Config(64, 4, 2), Config(32, 4, 2)),
+    ("row", 64, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 2)),
+    ("row", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 2)),
+    ("row", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 2)),
+    ("column", 64, 16, "none"): (Config(64, 4, 2), Config(32, 4, 2)),
+    ("column", 64, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 2)),
+    ("column", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 2)),
+    ("column", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 2)),
+    ("inverse", 64, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),
+    ("inverse", 64, 16, "scalar"): (Config(64, 2, 1), Config(64, 2, 1)),
+    ("inverse", 128, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),
+    ("inverse", 128, 16, "scalar"): (Config(64, 2, 1), Config(64, 2, 1)),
+    ("solve", 64, 16, "none"): (Config(64, 4, 3), Config(16, 4, 3)),
+    ("solve", 64, 16, "scalar"): (Config(64, 4, 3), Config(16, 4, 3)),
+    ("solve", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 3)),
+    ("solve", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
+    ("mirror", 64, 16, "none"): (Config(64, 4, 3), Config(16, 4, 3)),
+    ("mirror", 64, 16, "scalar"): (Config(64, 4, 3), Config(16, 4, 3)),
+    ("mirror", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 3)),
+    ("mirror", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
+}
+
+
+def config(kernel: str, width: int, bits: int, decay: str, few: bool) -> Config:
+    """The row for a kernel, or what is likely to fit where none was measured."""
+    width = padded(width)
+    found = TABLE.get((kernel, width, bits, decay))
+    if found is not None:
+        return found[few]
+    if width < 64 and bits == 16:
+        return Config(64, 4, 3)
+    return Config(32, 8 if width > 128 else 4, 2 if width * bits <= 64 * 32 else 1)
+
+
+SEGMENT = 16  # chunks in a segment, at least
+
+
+@lru_cache(4096)
+def choose(
+    kernel: str, width: int, columns: int, bits: int, device: torch.device, decay: str, programs: int, chunks: int
+) -> tuple[Config, int]:
+    """Parameters for `programs` sequences and heads of `columns`, and into how many segments to cut each, so that the chip is full.
+
+    Few programs get narrower tiles; when that is not enough the pass, which can be cut, is cut.
+    """
+    slots = processors(device)
+    many, few = (config(kernel, width, bits, decay, few=few) for few in (False, True))
+    if programs * cdiv(columns, many.columns) >= 1.5 * slots:
+        return many, 1
+    if kernel != "pass" or programs * cdiv(columns, few.columns) >= 0.75 * slots or chunks < 2 * SEGMENT:
+        return few, 1
+    return many, max(1, min(chunks // SEGMENT, 2 * slots // (programs * cdiv(columns, many.columns))))
+
+
+def use(rows: dict[tuple[str, int, int, str], tuple[Config, Config]]) -> None:
+    """Take these rows from now on, as `subquad tune` finds them."""
+    TABLE.update(rows)
+    choose.cache_clear()

@@ -1,0 +1,347 @@
+"""The pass of the linear recurrence, in Triton: one kernel, launched four times, is the operator and its backward.
+
+With W_ts = 2^(G_t − G_s), a pass gives o_t = scale · Σ_{s≤t} W_ts (a_t · b_s) c_s, or the sum over s ≥ t with `REVERSE`.
+A program owns one sequence, one head and one tile of the columns of c. It keeps the state Σ W b cᵀ ``[BD, BV]`` in
+registers from the first chunk to the last, so that a, b and c are read once, o is written once and no state is stored.
+The delta rule's gradients use two extensions: second queries a2 on the same state, and second sources (b2, c2) of the
+same output; both are strict, s ≠ t.
+
+A decay per channel weighs the rows of the state (`CHANNEL`) in o and v̇, and its columns (`COLUMN`) in q̇ and k̇; the tokens
+come weighed from `weigh.py`. Decays per token weigh pairs by a product, 2^(g_t − g_C) · 2^(g_C − g_s), or where that would
+overflow one by one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from subquad.ops.triton_blocks import (
+    FLOOR,
+    LOG2E,
+    find_chunk,
+    in_two,
+    load_tile,
+    pair_weights,
+    rounded,
+    sequence,
+    store_tile,
+)
+
+NONE, TOKEN, CHANNEL, COLUMN = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit(do_not_specialize=["N", "sequences"])
+def sums_kernel(
+    g, P, cu, sg_b, sg_n, sg_h, N, sequences, HP: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, BS: tl.constexpr
+):  # fmt: skip
+    """Running sums within each chunk of log decays g ``[B, N, HP]``, as log2: P ``[B, HP, slots, C]``, level past the end."""
+    i_c, i_b, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED, BS)
+    slots = tl.cdiv(N, C) + (sequences if PACKED else 0)
+    rows = tl.arange(0, C)
+    x = tl.load(g + i_b.to(tl.int64) * sg_b + i_h * sg_h + (first + rows) * sg_n, mask=rows < left, other=0.0)
+    x = tl.maximum(x.to(P.dtype.element_ty) * LOG2E, FLOOR)
+    at = ((i_b.to(tl.int64) * HP + i_h) * slots + first // C + i_q) * C
+    tl.store(P + at + rows, tl.cumsum(x, 0), mask=(rows >= 0) & (left > 0))
+
+
+@triton.jit(do_not_specialize=["N"])
+def risky_kernel(P, cu, risky, N, HP: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, SAFE: tl.constexpr):
+    """Marks ``[sequences, HP]`` of those in which some chunk decays below 2^SAFE, from `sums_kernel`'s P."""
+    i_q, i_h = tl.program_id(0), tl.program_id(1)
+    i_b, begin, n = sequence(cu, i_q, N, PACKED)
+    slots = tl.cdiv(N, C) + (tl.num_programs(0) if PACKED else 0)
+    P += ((i_b * HP + i_h) * slots + begin // C + (i_q if PACKED else 0)) * C + C - 1
+    chunks = tl.cdiv(n, C)
+    lowest = tl.zeros([128], tl.float32)
+    for i in range(0, chunks, 128):
+        j = i + tl.arange(0, 128)
+        lowest = tl.minimum(lowest, tl.load(P + j.to(tl.int64) * C, mask=j < chunks, other=0.0).to(tl.float32))
+    tl.store(risky + i_q * HP + i_h, (tl.min(lowest, 0) < SAFE).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["N", "sequences"])
+def weigh_tokens_kernel(
+    x, P, risky, cu, out, sx_b, sx_n, sx_h, N, sequences, H: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, V: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, AFTER: tl.constexpr, PACKED: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """x ``[B, N, H/GX, V]`` to out ``[B, N, H, V]``, each token times 2^p, or with AFTER 2^(total − p), unless its sequence is risky."""
+    i_c, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED, BS)
+    slot = (i_b * (H // GP) + i_h // GP) * (tl.cdiv(N, C) + (sequences if PACKED else 0)) + first // C + i_q
+    rows, vs = tl.arange(0, C), tl.arange(0, BV)
+    here = left > 0
+    mark = tl.load(risky + ((i_q if PACKED else i_b) * (H // GP) + i_h // GP), mask=here, other=1)
+    p = tl.load(P + slot * C + rows, mask=(rows >= 0) & here, other=0.0)
+    p = (tl.load(P + slot * C + C - 1, mask=here, other=0.0) - p) if AFTER else p
+    weight = tl.exp2(tl.where(mark == 0, p, 0.0).to(tl.float32))[:, None]
+    tile = load_tile(x + i_b * sx_b + first * sx_n + (i_h // GX) * sx_h, sx_n, rows, left, vs, V, BV).to(tl.float32)
+    store_tile(out + ((i_b * N + first) * H + i_h) * V, H * V, rows, left, vs, V, BV, tile * weight)
+
+
+@triton.jit
+def read_state(ta, read, rest, SPLIT: tl.constexpr, IP: tl.constexpr):
+    """Queries times the state, which with SPLIT comes in two parts."""
+    if SPLIT:
+        return tl.dot(ta, read, tl.dot(ta, rest))
+    else:
+        return tl.dot(ta, read, input_precision=IP)
+
+
+@triton.jit
+def add_pairs(acc, scores, p, kept, tc, source, EXACT: tl.constexpr, MT: tl.constexpr, IP: tl.constexpr):
+    """acc with the pairs kept: weighed here, or already by what they are made of and what acc is multiplied by later."""
+    if EXACT:
+        return tl.dot((scores * pair_weights(p, kept)).to(MT), tc, acc, input_precision=IP)
+    else:
+        return tl.dot(tl.where(kept, scores, 0.0).to(MT), source, acc, input_precision=IP)
+
+
+@triton.jit(do_not_specialize=["N", "scale", "start_scale"])
+def pass_kernel(
+    a, b, c, a2, b2, c2, add, x, x2, P, risky, cu, start, o, o2, final, dots, totals,
+    sa_b, sa_n, sa_h, sb_b, sb_n, sb_h, sc_b, sc_n, sc_h, sd_b, sd_n, sd_h, sx_b, sx_n, sx_h, sy_b, sy_n, sy_h,
+    N, scale, start_scale,
+    H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
+    ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, WEIGHED: tl.constexpr, BOTH: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr,
+    FINAL: tl.constexpr, OUT: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr, QUERIES: tl.constexpr, SOURCES: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """One pass over one segment of one sequence, for one head and one tile of columns.
+
+    Args:
+        a ``[B, N, H/GA, D]``, b ``[B, N, H/GB, D]``, c ``[B, N, H/GC, V]``, by strides; o ``[B, N, H, V]``, contiguous.
+        a2, o2: the second queries and their output, contiguous, with QUERIES = 2.
+        b2 (contiguous), c2 (strides sd): the second sources, with SOURCES = 2; `add` ``[B, N, H, V]`` then joins the output.
+        P: decays as log2: per token `sums_kernel`'s, per channel the totals of `weigh_kernel`.
+        risky: per token `risky_kernel`'s marks, per channel marks of the chunks whose pairs are left out.
+        WEIGHED: which operands come weighed, by `weigh_tokens_kernel`, where a sequence is not risky: 1 is c, as a source; 2 is
+            a and b, by the forward's weights: the output then only lacks 2^-total. With BOTH, risky ones are served too.
+        start, final: states ``[sequences, heads, segments, D, V]`` before and after. Heads of a group of GS share one; with
+            ONCE, as for gradients, the start enters the first of a group, and each head has its own final.
+        dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x (strides sx) (+ o2·x2, strides sy).
+        totals: without OUT, the decay over the segment, as log2 ``[sequences, H, segments, 1, D or V]``.
+        SPLIT: read the state in two parts of MT, as the gradient of decays needs: between q·q̇ and k·k̇ much cancels, and
+            rounding would add up. So both directions also see equal weighed operands, or x as the other rounds its sources.
+    """
+    i_v, i_s, i_qh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_q, i_h = i_qh // H, i_qh % H
+    segments = tl.num_programs(1)
+    i_b, begin, n = sequence(cu, i_q, N, PACKED)
+    chunks = tl.cdiv(n, C)
+    per = tl.cdiv(chunks, segments)
+    count = tl.minimum(per, chunks - i_s * per)  # below 1 where the segment is empty
+    rows, ds, vs = tl.arange(0, C), tl.arange(0, BD), i_v * BV + tl.arange(0, BV)
+    VP: tl.constexpr = BV if V % BV else V  # padded beyond V only where tiles do not fit
+    MT: tl.constexpr = tl.float32 if WIDE else a.dtype.element_ty
+    PW: tl.constexpr = C if DECAY == TOKEN else D if DECAY == CHANNEL else V  # what P holds of a chunk
+    seen = (rows[:, None] <= rows[None, :]) if REVERSE else (rows[:, None] >= rows[None, :])
+    strict = seen & (rows[:, None] != rows[None, :])
+
+    here = (i_b * N + begin) * H + i_h
+    b += i_b * sb_b + begin * sb_n + (i_h // GB) * sb_h
+    c += i_b * sc_b + begin * sc_n + (i_h // GC) * sc_h
+    if OUT:
+        a += i_b * sa_b + begin * sa_n + (i_h // GA) * sa_h
+        o += here * V
+    if DOT:
+        x += i_b * sx_b + begin * sx_n + (i_h // GX) * sx_h
+        dots += ((i_b * H + i_h) * tl.num_programs(0) + i_v) * N + begin
+    if QUERIES == 2:
+        a2, o2 = a2 + here * D, o2 + here * V
+        if DOT:
+            x2 += i_b * sy_b + begin * sy_n + i_h * sy_h
+    if SOURCES == 2:
+        b2, add = b2 + here * D, add + here * V
+        c2 += i_b * sd_b + begin * sd_n + i_h * sd_h
+    if DECAY >= TOKEN:
+        slots = tl.cdiv(N, C) + (tl.num_programs(2) // H if PACKED else 0)
+        slot = (i_b * (H // GP) + i_h // GP) * slots + begin // C + (i_q if PACKED else 0) + i_s * per
+        P += slot.to(tl.int64) * PW
+    if DECAY >= CHANNEL:
+        risky += slot
+    if DECAY == TOKEN or DECAY == CHANNEL:  # noqa: SIM109
+        pw, in_p = ds if DECAY == CHANNEL else rows, (ds < D) if DECAY == CHANNEL else (rows >= 0)
+    if DECAY == COLUMN:
+        pw, in_p = vs, vs < V
+    by_one = False
+    if DECAY == TOKEN and BOTH:
+        by_one = tl.load(risky + i_q * (H // GP) + i_h // GP) > 0
+
+    S = tl.zeros([BD, BV], tl.float32)
+    cell = ds[:, None] * V + vs[None, :]
+    inside = (ds < D)[:, None] & (vs < V)[None, :]
+    if START:
+        mask = inside & (i_h % GS == 0) if ONCE else inside
+        at = ((i_q * (H // GS) + i_h // GS) * segments + i_s).to(tl.int64) * (D * V)
+        S += tl.load(start + at + cell, mask=mask, other=0.0) * start_scale
+    if not OUT:
+        passed = tl.zeros([BD if DECAY == CHANNEL else BV], tl.float32)
+
+    # one of two loops runs: with pairs weighed by products of two factors, or one by one
+    for EXACT in tl.static_range(1 if DECAY == TOKEN and not BOTH else 0, 2 if DECAY == TOKEN else 1):
+        trips = tl.where(by_one == (EXACT == 1), count, 0) if DECAY == TOKEN and BOTH else count
+        if DECAY >= TOKEN:  # loaded a chunk ahead
+            j = count - 1 if REVERSE else 0
+            next_p = tl.load(P + j * PW + pw, mask=in_p & (trips > 0), other=0.0)
+            if DECAY == TOKEN:
+                next_last = tl.load(P + j * PW + C - 1, mask=trips > 0, other=0.0)
+            else:
+                next_last = tl.load(risky + j, mask=trips > 0, other=0)
+        for i in range(0, trips):
+            j = count - 1 - i if REVERSE else i
+            at = ((i_s * per + j) * C).to(tl.int64)
+            left = n - (i_s * per + j) * C
+            tb = load_tile(b + at * sb_n, sb_n, rows, left, ds, D, BD).to(MT)
+            tc = load_tile(c + at * sc_n, sc_n, rows, left, vs, V, VP).to(MT)
+            if OUT:
+                ta = load_tile(a + at * sa_n, sa_n, rows, left, ds, D, BD).to(MT)
+            if DOT:
+                tx = load_tile(x + at * sx_n, sx_n, rows, left, vs, V, VP)
+                if QUERIES == 2:
+                    tx2 = load_tile(x2 + at * sy_n, sy_n, rows, left, vs, V, VP)
+
+            # weights: p reads the state before, total − p enters the state after, total carries the state over the chunk
+            p, kept, source = rows, seen, tc
+            if DECAY >= TOKEN:
+                p, last = next_p, next_last
+                ahead = j - 1 if REVERSE else j + 1
+                next_p = tl.load(P + ahead * PW + pw, mask=in_p & (i + 1 < trips), other=0.0)
+                if DECAY == TOKEN:
+                    total = last
+                    next_last = tl.load(P + ahead * PW + C - 1, mask=i + 1 < trips, other=0.0)
+                else:
+                    next_last = tl.load(risky + ahead, mask=i + 1 < trips, other=0)
+            full = S
+            if DECAY == TOKEN:
+                p = total - p if REVERSE else p
+                enter = tl.exp2((total - p).to(tl.float32))[:, None]
+                if EXACT or WEIGHED == 0:
+                    source = (tc * enter).to(MT)
+                if WEIGHED == 2 and not EXACT:
+                    row = tl.exp2(-total.to(tl.float32))
+                else:
+                    row = tl.exp2((p if EXACT else p - total).to(tl.float32))[:, None]
+                S *= tl.exp2(total.to(tl.float32))
+                full = full if EXACT else S
+            if DECAY >= CHANNEL:
+                kept = seen & (last == 0)
+                base = tl.exp2(tl.where(last == 0, p, 0.0))
+                whole = tl.exp2(tl.where(last == 0, 0.0, p)) if REVERSE else tl.exp2(p)
+                base = base[:, None] if DECAY == CHANNEL else base[None, :]
+                full = S if REVERSE else S * base
+                S *= whole[:, None] if DECAY == CHANNEL else whole[None, :]
+
+            read, rest = in_two(full, MT) if SPLIT else (full.to(MT), tc)
+            if OUT:
+                scores = tl.dot(ta, tl.trans(tb), input_precision=IP)
+                acc = read_state(ta, read, rest, SPLIT, IP)
+            S = tl.dot(tl.trans(tb), source, S, input_precision=IP)
+            if DOT:
+                tx = tx.to(tl.float32)
+                if EXACT:
+                    products = acc * (rounded(tx * row, MT) - tx * row)
+            if OUT:
+                acc = acc * row if EXACT else acc
+                acc = add_pairs(acc, scores, p, kept, tc, source, EXACT, MT, IP)
+            if QUERIES == 2:
+                ta = load_tile(a2 + at * (H * D), H * D, rows, left, ds, D, BD).to(MT)
+                scores = tl.dot(ta, tl.trans(tb), input_precision=IP)
+                acc2 = read_state(ta, read, rest, SPLIT, IP)
+                if DOT:
+                    tx2 = tx2.to(tl.float32)
+                    if EXACT:
+                        products += acc2 * (rounded(tx2 * row, MT) - tx2 * row)
+                acc2 = acc2 * row if EXACT else acc2
+                acc2 = add_pairs(acc2, scores, p, strict, tc, source, EXACT, MT, IP)
+            if SOURCES == 2:
+                tb = load_tile(b2 + at * (H * D), H * D, rows, left, ds, D, BD).to(MT)
+                tc = load_tile(c2 + at * sd_n, sd_n, rows, left, vs, V, VP).to(MT)
+                source = (tc * enter).to(MT) if DECAY == TOKEN and (EXACT or WEIGHED == 0) else tc
+                scores = tl.dot(ta, tl.trans(tb), input_precision=IP)
+                S = tl.dot(tl.trans(tb), source, S, input_precision=IP)
+                acc = add_pairs(acc, scores, p, strict, tc, source, EXACT, MT, IP)
+            if DECAY >= CHANNEL and REVERSE:
+                S *= base
+
+            if OUT:
+                acc *= row * scale if DECAY == TOKEN and not EXACT else scale
+                if DOT:
+                    products = products * scale + acc * tx if EXACT else acc * tx
+                if SOURCES == 2:
+                    acc += load_tile(add + at * (H * V), H * V, rows, left, vs, V, VP).to(tl.float32)
+                store_tile(o + at * (H * V), H * V, rows, left, vs, V, VP, acc)
+            elif DECAY:
+                passed += p if DECAY >= CHANNEL else total
+            if QUERIES == 2:
+                acc2 *= row * scale if DECAY == TOKEN and not EXACT else scale
+                store_tile(o2 + at * (H * V), H * V, rows, left, vs, V, VP, acc2)
+                if DOT:
+                    products += acc2 * tx2
+            if DOT:
+                tl.store(dots + at + rows, tl.sum(products, 1), mask=rows < left)
+
+    if FINAL:
+        if ONCE or not OUT:
+            at, mask = ((i_q * H + i_h) * segments + i_s).to(tl.int64), inside
+        else:
+            at, mask = ((i_q * (H // GS) + i_h // GS) * segments + i_s).to(tl.int64), inside & (i_h % GS == 0)
+        tl.store(final + at * (D * V) + cell, S, mask=mask)
+    if not OUT and DECAY:
+        at = ((i_q * H + i_h) * segments + i_s).to(tl.int64)
+        if DECAY == CHANNEL:
+            tl.store(totals + at * D + ds, passed, mask=(ds < D) & (i_v == 0))
+        else:
+            tl.store(totals + at * V + vs, passed, mask=vs < V)
+
+
+@triton.jit(do_not_specialize=["segments", "start_scale"])
+def join_kernel(
+    states, totals, start, final, segments, start_scale, H: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What each segment adds, ``[sequences, H, segments, D, V]``, becomes, in place, the state it starts from."""
+    i_c, i_qh = tl.program_id(0), tl.program_id(1)
+    cell = i_c * BLOCK + tl.arange(0, BLOCK)
+    inside = cell < D * V
+    S = tl.zeros([BLOCK], tl.float32)
+    if START:  # it enters the first head of a group
+        mask = inside & (i_qh % H % GS == 0)
+        S += tl.load(start + (i_qh // GS).to(tl.int64) * (D * V) + cell, mask=mask, other=0.0) * start_scale
+    for i in range(0, segments):
+        at = (i_qh * segments + (segments - 1 - i if REVERSE else i)).to(tl.int64)
+        added = tl.load(states + at * (D * V) + cell, mask=inside, other=0.0)
+        tl.store(states + at * (D * V) + cell, S, mask=inside)
+        if DECAY == CHANNEL:
+            S *= tl.exp2(tl.load(totals + at * D + cell // V, mask=inside, other=0.0))
+        elif DECAY:
+            S *= tl.exp2(tl.load(totals + at * V + cell % V, mask=inside, other=0.0))
+        S += added
+    if FINAL:
+        tl.store(final + i_qh.to(tl.int64) * (D * V) + cell, S, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def gate_kernel(
+    dq, dk, at_end, cu, dg, N, HS: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    BLOCK: tl.constexpr, END: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """ġ ``[B, N, HS]`` per token: the running sum, from the end and from `at_end` ``[sequences, HS]`` on, of
+    Ġ = q·q̇ − k·k̇, whose parts are the rows of dq ``[B, HS, TQ, N]`` and dk ``[B, HS, TK, N]``."""
+    i_q, i_h = tl.program_id(0), tl.program_id(1)
+    i_b, begin, n = sequence(cu, i_q, N, PACKED)
+    at_q = dq + (i_b * HS + i_h) * TQ * N + begin + tl.arange(0, BQ)[:, None] * N.to(tl.int64)
+    at_k = dk + (i_b * HS + i_h) * TK * N + begin + tl.arange(0, BK)[:, None] * N.to(tl.int64)
+    in_q, in_k = (tl.arange(0, BQ) < TQ)[:, None], (tl.arange(0, BK) < TK)[:, None]
+    carry = tl.load(at_end + i_q * HS + i_h) if END else 0.0
+    blocks = tl.cdiv(n, BLOCK)
+    for i in range(0, blocks):
+        t = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+        here = (t < n)[None, :]
+        e = tl.sum(tl.load(at_q + t[None, :], mask=in_q & here, other=0.0), 0)
+        e -= tl.sum(tl.load(at_k + t[None, :], mask=in_k & here, other=0.0), 0)
+        sums = tl.cumsum(e, 0, reverse=True) + carry
+        tl.store(dg + ((i_b * N + begin) + t) * HS + i_h, sums.to(dg.dtype.element_ty), mask=t < n)
+        carry += tl.sum(e, 0)

@@ -1,0 +1,232 @@
+"""Launches of the linear kernels: operands by strides, decays prepared once, and few heads split into segments."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from subquad.ops.common import CHUNK
+from subquad.ops.launch import Config, Launcher, cdiv, choose, launcher, padded, power_of_two
+from subquad.ops.linear import kernels
+
+SAFE = -100.0  # log2 of what a chunk may decay by, for its pairs to be weighed by products
+
+
+class Decays(NamedTuple):
+    """What a pass weighs with: its kind (none, token, channel), and the kernel's P and risky."""
+
+    kind: str = "none"
+    values: Tensor | None = None
+    risky: Tensor | None = None
+    both: bool = True  # per token: pairs may be weighed by products where a sequence is not risky
+
+
+class Passed(NamedTuple):
+    """Results of a pass: outputs of the first and second queries, final state, row sums for the decay's gradient."""
+
+    o: Tensor
+    o2: Tensor | None
+    final: Tensor | None
+    dots: Tensor | None
+
+
+def prepare(log_decay: Tensor | None, like: Tensor, cu: Tensor | None) -> Decays:
+    """Decays per head or token, for all passes over tokens like ``[B, N, ·, ·]``; `channel.weigh` prepares those per channel."""
+    if log_decay is None:
+        return Decays()
+    batch, tokens = like.shape[:2]
+    if log_decay.dim() == 1:
+        log_decay = log_decay.expand(batch, tokens, -1)
+    heads, sequences = log_decay.shape[2], count_sequences(like, cu)
+    exact = like.dtype == torch.float32  # sums of strong decays would cost weak ones their digits
+    dtype = torch.float64 if exact else torch.float32
+    sums = torch.empty(batch, heads, slots(tokens, sequences, cu), CHUNK, dtype=dtype, device=like.device)
+    risky = torch.empty(sequences, heads, dtype=torch.int32, device=like.device)
+    if sums.numel() and risky.numel():
+        launcher(kernels.sums_kernel, HP=heads, C=CHUNK, PACKED=cu is not None, BS=bound(sequences, cu), num_warps=1)(
+            (chunks(tokens, cu), batch, heads), (log_decay, sums, cu), log_decay.stride(), (tokens, sequences)
+        )  # fmt: skip
+        launcher(kernels.risky_kernel, HP=heads, C=CHUNK, PACKED=cu is not None, SAFE=SAFE, num_warps=4)(
+            (sequences, heads, 1), (sums, cu, risky), (), (tokens,)
+        )  # fmt: skip
+    # float16 has no room for the two factors, and wide float32 would compile for long
+    both = like.dtype == torch.bfloat16 or (exact and like.shape[-1] <= 64)
+    return Decays("token", sums, risky, both)
+
+
+def weigh_tokens(x: Tensor, decay: Decays, heads: int, cu: Tensor | None, *, after: bool) -> Tensor:
+    """x ``[B, N, ·, V]`` as ``[B, N, heads, V]``, each token weighed by the decays through it, or with `after` after it, in its chunk.
+
+    Sequences with strong decays stay as they are.
+    """
+    if decay.values is None or not decay.both:
+        return x
+    out = torch.empty(*x.shape[:2], heads, x.shape[3], dtype=x.dtype, device=x.device)
+    sequences = count_sequences(x, cu)
+    if out.numel():
+        launcher(
+            kernels.weigh_tokens_kernel, H=heads, GX=heads // x.shape[2], GP=heads // decay.values.shape[1], V=x.shape[3],
+            BV=padded(x.shape[3]), C=CHUNK, AFTER=after, PACKED=cu is not None, BS=bound(sequences, cu), num_warps=4,
+        )(
+            (chunks(x.shape[1], cu), heads, x.shape[0]), (x, decay.values, decay.risky, cu, out), x.stride()[:3],
+            (x.shape[1], sequences),
+        )  # fmt: skip
+    return out
+
+
+def linear_pass(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    decay: Decays,
+    *,
+    cu: Tensor | None,
+    heads: int,
+    dtype: torch.dtype,
+    reverse: bool = False,
+    column: bool = False,
+    scale: float = 1.0,
+    start: Tensor | None = None,
+    start_scale: float = 1.0,
+    group: int = 1,
+    once: bool = False,
+    final: bool = False,
+    split: bool = False,
+    weighed: int = 0,
+    x: Tensor | None = None,
+    dots: bool = False,
+    a2: Tensor | None = None,
+    x2: Tensor | None = None,
+    b2: Tensor | None = None,
+    c2: Tensor | None = None,
+    add: Tensor | None = None,
+) -> Passed:
+    """One pass, see `kernels.pass_kernel`. `dots` asks for the row sums of the output times x, `split` for a state read in full."""
+    batch, tokens, _, width = a.shape
+    columns = c.shape[-1]
+    sequences = batch if cu is None else cu.shape[0] - 1
+    device = a.device
+    kind = {"none": 0, "token": 1, "channel": 3 if column else 2}[decay.kind]
+    family = "scalar" if decay.kind == "token" else decay.kind
+    kernel = "pass" if a2 is None and b2 is None else "row" if b2 is None else "column"
+    rows, segments = choose(kernel, width, columns, a.element_size() * 8, device, family, sequences * heads, cdiv(tokens, CHUNK))
+    tiles = cdiv(columns, min(rows.columns, padded(columns)))
+
+    o = torch.empty(batch, tokens, heads, columns, dtype=dtype, device=device)
+    o2 = None if a2 is None else torch.empty_like(o)
+    sums = torch.empty(batch, heads, tiles, tokens, dtype=torch.float32, device=device) if dots else None
+    state_heads = heads if once else heads // group
+    last = torch.empty(sequences, state_heads, width, columns, dtype=torch.float32, device=device) if final else None
+    if tokens == 0 or sequences == 0 or batch == 0:
+        if last is not None:
+            last.zero_() if start is None else last.copy_(_spread(start, heads, once) * start_scale)
+        return Passed(o, o2, last, None if sums is None else sums.zero_())
+    per = 1 if decay.values is None else decay.values.shape[1]
+
+    def run(n_heads: int, before: Tensor | None, after: Tensor | None, totals: Tensor | None, grouped: int, out: bool) -> None:
+        groups = _group(a, n_heads), _group(b, n_heads), _group(c, n_heads), _group(c if x is None else x, n_heads)
+        launch = _launcher(
+            rows, width, columns, a.dtype, kind, weighed, decay.both, reverse, cu is not None, n_heads, groups, max(1, n_heads // per),
+            grouped, once and segments == 1, before is not None, after is not None, out, dots and out, out and (split or dots),
+            a2 is not None, b2 is not None,
+        )  # fmt: skip
+        launch(
+            (tiles, segments, sequences * n_heads),
+            (a, b, c, a2, b2, c2, add, x, x2, decay.values, decay.risky, cu, before, o, o2, after, sums, totals),
+            (*a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *strides(c2), *strides(x), *strides(x2)),
+            (tokens, scale, start_scale if segments == 1 else 1.0),
+        )  # fmt: skip
+
+    if segments == 1:
+        run(heads, start, last, None, group, True)
+        return Passed(o, o2, last, sums)
+    states = torch.empty(sequences, state_heads, segments, width, columns, dtype=torch.float32, device=device)
+    wide = width if kind == 2 else columns
+    totals = torch.empty(sequences, state_heads, segments, wide, dtype=torch.float32, device=device) if kind else None
+    run(state_heads, None, states, totals, 1, False)
+    block = 1024
+    launcher(
+        kernels.join_kernel, H=state_heads, GS=group if once else 1, D=width, V=columns, DECAY=kind, REVERSE=reverse,
+        START=start is not None, FINAL=last is not None, BLOCK=block, num_warps=4,
+    )(
+        (cdiv(width * columns, block), sequences * state_heads, 1),
+        (states, totals, start, last), (), (segments, start_scale),
+    )  # fmt: skip
+    run(heads, states, None, None, 1 if once else group, True)
+    return Passed(o, o2, last, sums)
+
+
+@cache
+def _launcher(
+    rows: Config, width: int, columns: int, dtype: torch.dtype, kind: int, weighed: int, both: bool, reverse: bool, packed: bool,
+    heads: int, groups: tuple[int, int, int, int], per: int, grouped: int, once: bool, start: bool, final: bool, out: bool,
+    dots: bool, split: bool, queries: bool, sources: bool,
+) -> Launcher:  # fmt: skip
+    """The pass kernel with its constants; found again by position, which is faster than by name."""
+    return launcher(
+        kernels.pass_kernel, H=heads, GA=groups[0], GB=groups[1], GC=groups[2], GX=groups[3], GP=per, GS=grouped, ONCE=once, D=width,
+        V=columns, BD=padded(width), BV=min(rows.columns, padded(columns)), C=CHUNK, DECAY=kind, WEIGHED=weighed, BOTH=both,
+        REVERSE=reverse, START=start, FINAL=final, OUT=out, DOT=dots, SPLIT=split and dtype == torch.bfloat16,
+        QUERIES=1 + queries, SOURCES=1 + sources, PACKED=packed, WIDE=dtype == torch.float16,
+        IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,
+    )  # fmt: skip
+
+
+def gate_gradient(dq: Tensor, dk: Tensor, at_end: Tensor | None, cu: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
+    """ġ ``[B, N, Hs]`` from the row sums of two passes, ``[B, H, tiles, N]``, and what the final state adds ``[sequences, Hs]``."""
+    batch, total, tiles_q, tokens = dq.shape
+    rows_q, rows_k = (total // heads) * tiles_q, (dk.shape[1] // heads) * dk.shape[2]
+    dg = torch.empty(batch, tokens, heads, dtype=dtype, device=dq.device)
+    sequences = batch if cu is None else cu.shape[0] - 1
+    if dg.numel():
+        powers = [power_of_two(r) for r in (rows_q, rows_k)]
+        launcher(
+            kernels.gate_kernel, HS=heads, TQ=rows_q, TK=rows_k, BQ=powers[0], BK=powers[1], BLOCK=max(64, 2048 // max(powers)),
+            END=at_end is not None, PACKED=cu is not None, num_warps=4,
+        )((sequences, heads, 1), (dq, dk, at_end, cu, dg), (), (tokens,))  # fmt: skip
+    return dg
+
+
+def _group(x: Tensor, heads: int) -> int:
+    return max(1, heads // x.shape[2])
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """x, as the kernels read it: by strides, with neighbouring channels side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def chunks(tokens: int, cu: Tensor | None) -> int:
+    """Chunks in a row of the batch, or a bound of them."""
+    return max(1, slots(tokens, 0 if cu is None else cu.shape[0] - 1, cu))
+
+
+def slots(tokens: int, sequences: int, cu: Tensor | None) -> int:
+    """Room for what is kept of each chunk of a row: the chunk of sequence i that starts at token t has slot t // C + i."""
+    return cdiv(tokens, CHUNK) + (0 if cu is None else sequences)
+
+
+def count_sequences(like: Tensor, cu: Tensor | None) -> int:
+    return like.shape[0] if cu is None else cu.shape[0] - 1
+
+
+def bound(sequences: int, cu: Tensor | None) -> int:
+    """Sequences that a program looks through to find its chunk."""
+    return 1 if cu is None else power_of_two(max(1, sequences))
+
+
+def strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def _spread(state: Tensor, heads: int, once: bool) -> Tensor:
+    """A start of groups as what each head ends with when there are no tokens."""
+    group = heads // state.shape[1]
+    if not once or group == 1:
+        return state
+    out = state.new_zeros(state.shape[0], heads, *state.shape[2:])
+    out[:, ::group] = state
+    return out

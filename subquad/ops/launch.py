@@ -85,16 +85,8 @@ TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("pass", 64, 16, "scalar"): (Config(64, 4, 3), Config(16, 4, 4)),
     ("pass", 64, 16, "channel"): (Config(64, 4, 2), Config(32, 4, 3)),
     ("pass", 128, 16, "none"): (Config(64, 4, 4), Config(32, 4, 4)),
-    ("pass", 128, 16, "scalar"): (Config(64, 4, 3), Config(32, 4, 3)),
+    ("pass", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
     ("pass", 128, 16, "channel"): (Config(64, 4, 2), Config(32, 4, 2)),
-    ("row", 64, 16, "none"): (Config(64, 4, 2), Config(32, 4, 2)),
-    ("row", 64, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 2)),
-    ("row", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 2)),
-    ("row", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 2)),
-    ("column", 64, 16, "none"): (Config(64, 4, 2), Config(32, 4, 2)),
-    ("column", 64, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 2)),
-    ("column", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 2)),
-    ("column", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 2)),
     ("inverse", 64, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),
     ("inverse", 64, 16, "scalar"): (Config(64, 2, 1), Config(64, 2, 1)),
     ("inverse", 128, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),
@@ -145,3 +137,46 @@ def use(rows: dict[tuple[str, int, int, str], tuple[Config, Config]]) -> None:
     """Take these rows from now on, as `subquad tune` finds them."""
     TABLE.update(rows)
     choose.cache_clear()
+
+
+def read_rows(path: str, argument: str) -> dict[tuple[str, int, int, str], tuple[Config, Config]]:
+    """Rows from a file that `subquad tune --out` wrote; `argument` is what named it."""
+    import json  # here, as few programs read such a file
+    from pathlib import Path
+
+    from subquad.checks import InputError
+
+    def wrong(what: str) -> InputError:
+        return InputError(argument, f"{path!r}, {what}", "a file as `subquad tune --out` writes it")
+
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = [((x["kernel"], x["width"], x["bits"], x["decay"]), (x["many"], x["few"])) for x in found["rows"]]
+    except OSError as error:
+        raise wrong(f"which cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise wrong(f"which is not JSON ({error})") from None
+    except (KeyError, TypeError):
+        raise wrong('which has no "rows", or a row without kernel, width, bits, decay, many or few') from None
+    kernels, decays = {key[0] for key in TABLE}, {key[3] for key in TABLE}
+    for key, pair in rows:
+        kernel, width, bits, decay = key
+        named = kernel in kernels and decay in decays if isinstance(kernel, str) and isinstance(decay, str) else False
+        if not (named and width in (16, 32, 64, 128, 256) and bits in (16, 32)):
+            raise wrong(f"with a row for {list(key)}")
+        for one in pair:
+            whole = isinstance(one, list) and len(one) == 3 and all(type(x) is int for x in one)
+            if not (whole and one[0] in (16, 32, 64, 128, 256) and one[1] in (1, 2, 4, 8, 16) and 1 <= one[2] <= 8):
+                raise wrong(f"with {one} for {list(key)}")
+    return {key: (Config(*many), Config(*few)) for key, (many, few) in rows}
+
+
+def _from_environment() -> None:
+    """Rows for this machine instead of the table's, where SUBQUAD_LAUNCH names a file."""
+    import os
+
+    if path := os.environ.get("SUBQUAD_LAUNCH"):
+        use(read_rows(path, "SUBQUAD_LAUNCH"))
+
+
+_from_environment()

@@ -1,9 +1,9 @@
 """`delta_rule` by the Triton kernels, as torch custom operators: traced, exported, captured and differentiated as one node.
 
     o, x = solve(q, k, v, β)      u, w, v̇, β̇ = mirrored solve(ȯ, x)
-    q̇ = pass(ȯ, u, k)      row = pass(w, u, k) for s < t      k̇ = row + rpass(u, ȯ, q) + rpass(u, w, k) for s > t
+    q̇ = pass(ȯ, u, k)      k̇ = pass(w, u, k) for s < t + rpass(u, ȯ, q) + rpass(u, w, k) for s > t
 
-Ġ = q·q̇ + k·(2 row − k̇) is summed from the end for the gradient of the decays, from row sums of the passes.
+Ġ = q·q̇ + k·(the first part of k̇ − the others) is summed from the end for the gradient of the decays.
 """
 
 from __future__ import annotations
@@ -90,32 +90,25 @@ def backward(
         ends = _first_of_group((d_final * final).sum((-2, -1)), total) if need_decay else None
         d_final = _first_of_group(d_final, total)
     decay = prepare(log_decay, q, cu_seqlens)
-    u, w, do, dv, dbeta, d_state = mirror(q, k, do, beta, M, x, decay, cu_seqlens, scale=scale, start=d_final, final=need_state)
+    u, w, dv, dbeta, d_state = mirror(q, k, do, beta, M, x, decay, cu_seqlens, scale=scale, start=d_final, final=need_state)
 
-    same: dict[str, Any] = {
-        "cu": cu_seqlens,
-        "heads": total,
-        "dtype": q.dtype,
-        "scale": scale,
-        "column": True,
-        "dots": need_decay,
-        "weighed": 2,
-    }
-    dq = dk = dg = row = None
+    same: dict[str, Any] = {"cu": cu_seqlens, "heads": total, "dtype": q.dtype, "scale": scale, "dots": need_decay}
+    dq = dk = dg = rises = None
     if need_q or need_k or need_decay:
-        start = None if state is None else state.mT.contiguous()
-        full = expand_heads(k, total)
-        second: dict[str, Any] = {"a2": w, "x2": full} if need_k or need_decay else {}
-        done = linear_pass(do, u, k, decay, start=start, x=q, **second, **same)
-        dq, row, rows = done.o, done.o2, done.dots
-        if second:
-            start = None if d_final is None else d_final.mT.contiguous()
-            back: dict[str, Any] = {"reverse": True, "start": start, "start_scale": 1 / scale, "once": True}
-            done = linear_pass(u, do, q, decay, x=k, b2=w, c2=full, add=row, **back, **same)
-            dk = done.o
+        ahead: dict[str, Any] = {"start": None if state is None else state.mT.contiguous(), **same}
+        done = linear_pass(do, u, k, decay, x=q, **ahead)
+        dq, rises = done.o, done.dots
+    if need_k or need_decay:
+        row = linear_pass(w, u, k, decay, x=k, strict=True, **ahead)
+        turned = None if d_final is None else d_final.mT.contiguous()
+        column = linear_pass(
+            u, do, q, decay, x=k, add=row.o, reverse=True, once=True, start=turned, start_scale=1 / scale, **same
+        )  # fmt: skip
+        rest = linear_pass(u, w, k, decay, x=k, add=column.o, strict=True, reverse=True, once=True, **same)
+        dk = rest.o
         if need_decay:
-            assert rows is not None and done.dots is not None
-            dg = gate_gradient(rows, done.dots, ends, cu_seqlens, total, torch.float32)
+            assert rises is not None and row.dots is not None and column.dots is not None and rest.dots is not None
+            dg = gate_gradient(rises + row.dots, column.dots + rest.dots, ends, cu_seqlens, total, torch.float32)
     grads = (dq, dk, dv, dbeta.sum(2).mT, dg, None if d_state is None else d_state * scale)
     return [
         _reduced(grad, axis, like) if grad is not None and like is not None and wanted else q.new_empty(0)

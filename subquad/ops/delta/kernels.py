@@ -226,7 +226,7 @@ def solve_kernel(
 
 @triton.jit(do_not_specialize=["N", "scale", "start_scale", "se_b", "se_n", "se_h"])
 def mirror_kernel(
-    q, k, do, beta, M, P, risky, cu, start, x, u, w, od, dv, dots, final,
+    q, k, do, beta, M, P, risky, cu, start, x, u, w, dv, dots, final,
     sq_b, sq_n, sq_h, sk_b, sk_n, sk_h, sd_b, sd_n, sd_h, se_b, se_n, se_h, N, scale, start_scale,
     H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
@@ -237,9 +237,7 @@ def mirror_kernel(
     Args:
         q, k, beta, M, P as in `solve_kernel`; do ``[B, N, H, V]`` by strides, x its contiguous output.
         start, final ``[sequences, H, D, V]``: the gradient of the state after, times start_scale, and of the state before.
-        u, w, dv ``[B, N, H, V]``: β x, −β u̇ and the gradient of v, contiguous, and with DECAY od: do. In sequences that are not
-            risky u is weighed by 2^(total − p), w and od by 2^p, as the passes for q̇ and k̇ take them.
-        dots ``[B, H, tiles, N]``: that of beta, by tiles.
+        u, w, dv ``[B, N, H, V]``: β x, −β u̇ and the gradient of v, contiguous; dots ``[B, H, tiles, N]``: that of beta, by tiles.
     """
     i_v, i_q, i_h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
@@ -255,8 +253,6 @@ def mirror_kernel(
     u += ((i_b * N + begin) * H + i_h) * V
     w += ((i_b * N + begin) * H + i_h) * V
     dv += ((i_b * N + begin) * H + i_h) * V
-    if DECAY:
-        od += ((i_b * N + begin) * H + i_h) * V
     slot = (i_b * H + i_h) * (tl.cdiv(N, C) + (tl.num_programs(1) // H if PACKED else 0)) + begin // C + (i_q if PACKED else 0)
     if DECAY:
         P += slot * C
@@ -317,14 +313,8 @@ def mirror_kernel(
             S = tl.dot(tl.trans(tk), (tw * leave if DECAY else tw).to(MT), S, input_precision=IP)
             tx = tx.to(tl.float32)
             store_tile(dv, H * V, at + rows, n, vs, V, VP, tw * -scale)
-            tu = tx * b
-            if DECAY and not EXACT:
-                tu *= tl.exp2((total - p).to(tl.float32))[:, None]
-                tw *= leave
             store_tile(w, H * V, at + rows, n, vs, V, VP, tw)
-            store_tile(u, H * V, at + rows, n, vs, V, VP, tu)
-            if DECAY:
-                store_tile(od, H * V, at + rows, n, vs, V, VP, td if EXACT else source)
+            store_tile(u, H * V, at + rows, n, vs, V, VP, tx * b)
             tl.store(dots + at + rows, tl.sum(tx * du, 1) * scale, mask=at + rows < n)
 
     if FINAL:

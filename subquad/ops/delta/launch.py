@@ -14,12 +14,10 @@ from subquad.ops.linear.launch import Decays, bound, count_sequences, slots
 
 
 class Mirrored(NamedTuple):
-    """Results of the mirrored solve: β x, −β u̇ and do, weighed for the passes; gradients of v, of beta by column tiles
-    ``[B, H, tiles, N]``, and of the first state."""
+    """Results of the mirrored solve: β x, −β u̇, gradients of v, of beta by column tiles ``[B, H, tiles, N]``, and of the first state."""
 
     u: Tensor
     w: Tensor
-    do: Tensor
     dv: Tensor
     dots: Tensor
     start: Tensor | None
@@ -77,16 +75,15 @@ def mirror(
     heads, columns = beta.shape[2], do.shape[-1]
     common, tiles, sequences = _common("mirror", q, k, columns, beta, decay, cu)
     u, w, dv = (torch.empty_like(x) for _ in range(3))
-    od = None if decay.values is None else torch.empty_like(x)
     dots = torch.empty(x.shape[0], heads, tiles, x.shape[1], dtype=torch.float32, device=q.device)
     last = _last(final, start, 1 / scale, q, heads, columns, sequences)
     if q.shape[1] and sequences:
         launcher(kernels.mirror_kernel, START=start is not None, FINAL=final, **common)(
             (tiles, sequences * heads, 1),
-            (q, k, do, beta, M, decay.values, decay.risky, cu, start, x, u, w, od, dv, dots, last),
+            (q, k, do, beta, M, decay.values, decay.risky, cu, start, x, u, w, dv, dots, last),
             (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3]), (*beta.stride(), q.shape[1], scale, 1 / scale),
         )  # fmt: skip
-    return Mirrored(u, w, do if od is None else od, dv, dots, last)
+    return Mirrored(u, w, dv, dots, last)
 
 
 def _common(

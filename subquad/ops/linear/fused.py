@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from subquad.ops.common import reduce_heads, traced
 from subquad.ops.launch import INTERPRETED
 from subquad.ops.linear.channel import Weighed, pairs, pairs_backward, unweigh, weigh, weighed_like
-from subquad.ops.linear.launch import by_rows, gate_gradient, linear_pass, prepare, weigh_tokens
+from subquad.ops.linear.launch import by_rows, gate_gradient, linear_pass, prepare
 
 
 def forward(
@@ -108,21 +108,17 @@ def backward(
     else:
         decay, sources, queries = prepare(log_decay, q, cu_seqlens), q, k
         q_dots = k_dots = None
-        do = weigh_tokens(do, decay, total, cu_seqlens, after=False)
-        if need_q or need_k or need_decay:
-            v = weigh_tokens(v, decay, heads, cu_seqlens, after=True)
         if need_q or need_decay:
-            done = linear_pass(do, v, k, decay, x=q, dots=need_decay, dtype=q.dtype, weighed=2, **ahead)
+            done = linear_pass(do, v, k, decay, x=q, dots=need_decay, dtype=q.dtype, **ahead)
             dq, q_dots = done.o, done.dots
         if need_k or need_decay:
-            done = linear_pass(v, do, q, decay, column=True, start=turned, x=k, dots=need_decay, dtype=q.dtype, weighed=2, **back)
+            done = linear_pass(v, do, q, decay, column=True, start=turned, x=k, dots=need_decay, dtype=q.dtype, **back)
             dk, k_dots = done.o, done.dots
-        del v  # weighed: its memory is the gradient's
         if q_dots is not None and k_dots is not None:
             ends = None if d_final is None else (d_final * final).sum((-2, -1))
             dg = gate_gradient(q_dots, k_dots, ends, cu_seqlens, heads, torch.float32)
     if need_v or need_state:
-        done = linear_pass(queries, sources, do, decay, start=d_final, final=need_state, dtype=q.dtype, weighed=1, **back)
+        done = linear_pass(queries, sources, do, decay, start=d_final, final=need_state, dtype=q.dtype, **back)
         dv = done.o
         if log_decay is not None and log_decay.dim() == 4:
             pairs(k, q, do, log_decay, decay, dv, cu=cu_seqlens, reverse=True, scale=scale)

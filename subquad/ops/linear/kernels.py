@@ -3,8 +3,7 @@
 With W_ts = 2^(G_t − G_s), a pass gives o_t = scale · Σ_{s≤t} W_ts (a_t · b_s) c_s, or the sum over s ≥ t with `REVERSE`.
 A program owns one sequence, one head and one tile of the columns of c. It keeps the state Σ W b cᵀ ``[BD, BV]`` in
 registers from the first chunk to the last, so that a, b and c are read once, o is written once and no state is stored.
-The delta rule's gradients use two extensions: second queries a2 on the same state, and second sources (b2, c2) of the
-same output; both are strict, s ≠ t.
+The delta rule's gradients are such passes too; some are strict, s ≠ t.
 
 A decay per channel weighs the rows of the state (`CHANNEL`) in o and v̇, and its columns (`COLUMN`) in q̇ and k̇; the tokens
 come weighed from `weigh.py`. Decays per token weigh pairs by a product, 2^(g_t − g_C) · 2^(g_C − g_s), or where that would
@@ -61,25 +60,6 @@ def risky_kernel(P, cu, risky, N, HP: tl.constexpr, C: tl.constexpr, PACKED: tl.
     tl.store(risky + i_q * HP + i_h, (tl.min(lowest, 0) < SAFE).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["N", "sequences"])
-def weigh_tokens_kernel(
-    x, P, risky, cu, out, sx_b, sx_n, sx_h, N, sequences, H: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, AFTER: tl.constexpr, PACKED: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """x ``[B, N, H/GX, V]`` to out ``[B, N, H, V]``, each token times 2^p, or with AFTER 2^(total − p), unless its sequence is risky."""
-    i_c, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED, BS)
-    slot = (i_b * (H // GP) + i_h // GP) * (tl.cdiv(N, C) + (sequences if PACKED else 0)) + first // C + i_q
-    rows, vs = tl.arange(0, C), tl.arange(0, BV)
-    here = left > 0
-    mark = tl.load(risky + ((i_q if PACKED else i_b) * (H // GP) + i_h // GP), mask=here, other=1)
-    p = tl.load(P + slot * C + rows, mask=(rows >= 0) & here, other=0.0)
-    p = (tl.load(P + slot * C + C - 1, mask=here, other=0.0) - p) if AFTER else p
-    weight = tl.exp2(tl.where(mark == 0, p, 0.0).to(tl.float32))[:, None]
-    tile = load_tile(x + i_b * sx_b + first * sx_n + (i_h // GX) * sx_h, sx_n, rows, left, vs, V, BV).to(tl.float32)
-    store_tile(out + ((i_b * N + first) * H + i_h) * V, H * V, rows, left, vs, V, BV, tile * weight)
-
-
 @triton.jit
 def read_state(ta, read, rest, SPLIT: tl.constexpr, IP: tl.constexpr):
     """Queries times the state, which with SPLIT comes in two parts."""
@@ -100,31 +80,29 @@ def add_pairs(acc, scores, p, kept, tc, source, EXACT: tl.constexpr, MT: tl.cons
 
 @triton.jit(do_not_specialize=["N", "scale", "start_scale"])
 def pass_kernel(
-    a, b, c, a2, b2, c2, add, x, x2, P, risky, cu, start, o, o2, final, dots, totals,
-    sa_b, sa_n, sa_h, sb_b, sb_n, sb_h, sc_b, sc_n, sc_h, sd_b, sd_n, sd_h, sx_b, sx_n, sx_h, sy_b, sy_n, sy_h,
+    a, b, c, x, add, P, risky, cu, start, o, final, dots, totals,
+    sa_b, sa_n, sa_h, sb_b, sb_n, sb_h, sc_b, sc_n, sc_h, sx_b, sx_n, sx_h,
     N, scale, start_scale,
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
     ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, WEIGHED: tl.constexpr, BOTH: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr,
-    FINAL: tl.constexpr, OUT: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr, QUERIES: tl.constexpr, SOURCES: tl.constexpr,
+    DECAY: tl.constexpr, BOTH: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, START: tl.constexpr,
+    FINAL: tl.constexpr, OUT: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
     PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One pass over one segment of one sequence, for one head and one tile of columns.
 
     Args:
         a ``[B, N, H/GA, D]``, b ``[B, N, H/GB, D]``, c ``[B, N, H/GC, V]``, by strides; o ``[B, N, H, V]``, contiguous.
-        a2, o2: the second queries and their output, contiguous, with QUERIES = 2.
-        b2 (contiguous), c2 (strides sd): the second sources, with SOURCES = 2; `add` ``[B, N, H, V]`` then joins the output.
+        add: with ADD ``[B, N, H, V]``, contiguous: joins the output. STRICT leaves each token's own source out of it.
         P: decays as log2: per token `sums_kernel`'s, per channel the totals of `weigh_kernel`.
         risky: per token `risky_kernel`'s marks, per channel marks of the chunks whose pairs are left out.
-        WEIGHED: which operands come weighed, by `weigh_tokens_kernel`, where a sequence is not risky: 1 is c, as a source; 2 is
-            a and b, by the forward's weights: the output then only lacks 2^-total. With BOTH, risky ones are served too.
+            Without BOTH all sequences are served as risky ones.
         start, final: states ``[sequences, heads, segments, D, V]`` before and after. Heads of a group of GS share one; with
             ONCE, as for gradients, the start enters the first of a group, and each head has its own final.
-        dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x (strides sx) (+ o2·x2, strides sy).
+        dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x, without `add`.
         totals: without OUT, the decay over the segment, as log2 ``[sequences, H, segments, 1, D or V]``.
         SPLIT: read the state in two parts of MT, as the gradient of decays needs: between q·q̇ and k·k̇ much cancels, and
-            rounding would add up. So both directions also see equal weighed operands, or x as the other rounds its sources.
+            rounding would add up. For that x is also weighed and rounded as the other direction's sources are.
     """
     i_v, i_s, i_qh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_q, i_h = i_qh // H, i_qh % H
@@ -138,7 +116,8 @@ def pass_kernel(
     MT: tl.constexpr = tl.float32 if WIDE else a.dtype.element_ty
     PW: tl.constexpr = C if DECAY == TOKEN else D if DECAY == CHANNEL else V  # what P holds of a chunk
     seen = (rows[:, None] <= rows[None, :]) if REVERSE else (rows[:, None] >= rows[None, :])
-    strict = seen & (rows[:, None] != rows[None, :])
+    if STRICT:
+        seen = seen & (rows[:, None] != rows[None, :])
 
     here = (i_b * N + begin) * H + i_h
     b += i_b * sb_b + begin * sb_n + (i_h // GB) * sb_h
@@ -149,13 +128,8 @@ def pass_kernel(
     if DOT:
         x += i_b * sx_b + begin * sx_n + (i_h // GX) * sx_h
         dots += ((i_b * H + i_h) * tl.num_programs(0) + i_v) * N + begin
-    if QUERIES == 2:
-        a2, o2 = a2 + here * D, o2 + here * V
-        if DOT:
-            x2 += i_b * sy_b + begin * sy_n + i_h * sy_h
-    if SOURCES == 2:
-        b2, add = b2 + here * D, add + here * V
-        c2 += i_b * sd_b + begin * sd_n + i_h * sd_h
+    if ADD:
+        add += here * V
     if DECAY >= TOKEN:
         slots = tl.cdiv(N, C) + (tl.num_programs(2) // H if PACKED else 0)
         slot = (i_b * (H // GP) + i_h // GP) * slots + begin // C + (i_q if PACKED else 0) + i_s * per
@@ -200,8 +174,6 @@ def pass_kernel(
                 ta = load_tile(a + at * sa_n, sa_n, rows, left, ds, D, BD).to(MT)
             if DOT:
                 tx = load_tile(x + at * sx_n, sx_n, rows, left, vs, V, VP)
-                if QUERIES == 2:
-                    tx2 = load_tile(x2 + at * sy_n, sy_n, rows, left, vs, V, VP)
 
             # weights: p reads the state before, total − p enters the state after, total carries the state over the chunk
             p, kept, source = rows, seen, tc
@@ -217,13 +189,8 @@ def pass_kernel(
             full = S
             if DECAY == TOKEN:
                 p = total - p if REVERSE else p
-                enter = tl.exp2((total - p).to(tl.float32))[:, None]
-                if EXACT or WEIGHED == 0:
-                    source = (tc * enter).to(MT)
-                if WEIGHED == 2 and not EXACT:
-                    row = tl.exp2(-total.to(tl.float32))
-                else:
-                    row = tl.exp2((p if EXACT else p - total).to(tl.float32))[:, None]
+                source = (tc * tl.exp2((total - p).to(tl.float32))[:, None]).to(MT)
+                row = tl.exp2((p if EXACT else p - total).to(tl.float32))[:, None]
                 S *= tl.exp2(total.to(tl.float32))
                 full = full if EXACT else S
             if DECAY >= CHANNEL:
@@ -243,45 +210,25 @@ def pass_kernel(
                 tx = tx.to(tl.float32)
                 if EXACT:
                     products = acc * (rounded(tx * row, MT) - tx * row)
+                else:
+                    mirrored = rounded(tx * tl.exp2(p.to(tl.float32))[:, None], MT)
             if OUT:
                 acc = acc * row if EXACT else acc
                 acc = add_pairs(acc, scores, p, kept, tc, source, EXACT, MT, IP)
-            if QUERIES == 2:
-                ta = load_tile(a2 + at * (H * D), H * D, rows, left, ds, D, BD).to(MT)
-                scores = tl.dot(ta, tl.trans(tb), input_precision=IP)
-                acc2 = read_state(ta, read, rest, SPLIT, IP)
-                if DOT:
-                    tx2 = tx2.to(tl.float32)
-                    if EXACT:
-                        products += acc2 * (rounded(tx2 * row, MT) - tx2 * row)
-                acc2 = acc2 * row if EXACT else acc2
-                acc2 = add_pairs(acc2, scores, p, strict, tc, source, EXACT, MT, IP)
-            if SOURCES == 2:
-                tb = load_tile(b2 + at * (H * D), H * D, rows, left, ds, D, BD).to(MT)
-                tc = load_tile(c2 + at * sd_n, sd_n, rows, left, vs, V, VP).to(MT)
-                source = (tc * enter).to(MT) if DECAY == TOKEN and (EXACT or WEIGHED == 0) else tc
-                scores = tl.dot(ta, tl.trans(tb), input_precision=IP)
-                S = tl.dot(tl.trans(tb), source, S, input_precision=IP)
-                acc = add_pairs(acc, scores, p, strict, tc, source, EXACT, MT, IP)
             if DECAY >= CHANNEL and REVERSE:
                 S *= base
 
+            if DOT:
+                products = products + acc * tx if EXACT else acc * mirrored
+                factor = scale if EXACT else scale * tl.exp2(-total.to(tl.float32))
+                tl.store(dots + at + rows, tl.sum(products, 1) * factor, mask=rows < left)
             if OUT:
                 acc *= row * scale if DECAY == TOKEN and not EXACT else scale
-                if DOT:
-                    products = products * scale + acc * tx if EXACT else acc * tx
-                if SOURCES == 2:
+                if ADD:
                     acc += load_tile(add + at * (H * V), H * V, rows, left, vs, V, VP).to(tl.float32)
                 store_tile(o + at * (H * V), H * V, rows, left, vs, V, VP, acc)
             elif DECAY:
                 passed += p if DECAY >= CHANNEL else total
-            if QUERIES == 2:
-                acc2 *= row * scale if DECAY == TOKEN and not EXACT else scale
-                store_tile(o2 + at * (H * V), H * V, rows, left, vs, V, VP, acc2)
-                if DOT:
-                    products += acc2 * tx2
-            if DOT:
-                tl.store(dots + at + rows, tl.sum(products, 1), mask=rows < left)
 
     if FINAL:
         if ONCE or not OUT:

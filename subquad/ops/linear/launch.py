@@ -25,10 +25,9 @@ class Decays(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """Results of a pass: outputs of the first and second queries, final state, row sums for the decay's gradient."""
+    """Results of a pass: the output, the final state, and row sums for the decay's gradient."""
 
     o: Tensor
-    o2: Tensor | None
     final: Tensor | None
     dots: Tensor | None
 
@@ -57,26 +56,6 @@ def prepare(log_decay: Tensor | None, like: Tensor, cu: Tensor | None) -> Decays
     return Decays("token", sums, risky, both)
 
 
-def weigh_tokens(x: Tensor, decay: Decays, heads: int, cu: Tensor | None, *, after: bool) -> Tensor:
-    """x ``[B, N, ·, V]`` as ``[B, N, heads, V]``, each token weighed by the decays through it, or with `after` after it, in its chunk.
-
-    Sequences with strong decays stay as they are.
-    """
-    if decay.values is None or not decay.both:
-        return x
-    out = torch.empty(*x.shape[:2], heads, x.shape[3], dtype=x.dtype, device=x.device)
-    sequences = count_sequences(x, cu)
-    if out.numel():
-        launcher(
-            kernels.weigh_tokens_kernel, H=heads, GX=heads // x.shape[2], GP=heads // decay.values.shape[1], V=x.shape[3],
-            BV=padded(x.shape[3]), C=CHUNK, AFTER=after, PACKED=cu is not None, BS=bound(sequences, cu), num_warps=4,
-        )(
-            (chunks(x.shape[1], cu), heads, x.shape[0]), (x, decay.values, decay.risky, cu, out), x.stride()[:3],
-            (x.shape[1], sequences),
-        )  # fmt: skip
-    return out
-
-
 def linear_pass(
     a: Tensor,
     b: Tensor,
@@ -95,13 +74,9 @@ def linear_pass(
     once: bool = False,
     final: bool = False,
     split: bool = False,
-    weighed: int = 0,
     x: Tensor | None = None,
     dots: bool = False,
-    a2: Tensor | None = None,
-    x2: Tensor | None = None,
-    b2: Tensor | None = None,
-    c2: Tensor | None = None,
+    strict: bool = False,
     add: Tensor | None = None,
 ) -> Passed:
     """One pass, see `kernels.pass_kernel`. `dots` asks for the row sums of the output times x, `split` for a state read in full."""
@@ -111,38 +86,36 @@ def linear_pass(
     device = a.device
     kind = {"none": 0, "token": 1, "channel": 3 if column else 2}[decay.kind]
     family = "scalar" if decay.kind == "token" else decay.kind
-    kernel = "pass" if a2 is None and b2 is None else "row" if b2 is None else "column"
-    rows, segments = choose(kernel, width, columns, a.element_size() * 8, device, family, sequences * heads, cdiv(tokens, CHUNK))
+    rows, segments = choose("pass", width, columns, a.element_size() * 8, device, family, sequences * heads, cdiv(tokens, CHUNK))
     tiles = cdiv(columns, min(rows.columns, padded(columns)))
 
     o = torch.empty(batch, tokens, heads, columns, dtype=dtype, device=device)
-    o2 = None if a2 is None else torch.empty_like(o)
     sums = torch.empty(batch, heads, tiles, tokens, dtype=torch.float32, device=device) if dots else None
     state_heads = heads if once else heads // group
     last = torch.empty(sequences, state_heads, width, columns, dtype=torch.float32, device=device) if final else None
     if tokens == 0 or sequences == 0 or batch == 0:
         if last is not None:
             last.zero_() if start is None else last.copy_(_spread(start, heads, once) * start_scale)
-        return Passed(o, o2, last, None if sums is None else sums.zero_())
+        return Passed(o, last, None if sums is None else sums.zero_())
     per = 1 if decay.values is None else decay.values.shape[1]
 
     def run(n_heads: int, before: Tensor | None, after: Tensor | None, totals: Tensor | None, grouped: int, out: bool) -> None:
         groups = _group(a, n_heads), _group(b, n_heads), _group(c, n_heads), _group(c if x is None else x, n_heads)
         launch = _launcher(
-            rows, width, columns, a.dtype, kind, weighed, decay.both, reverse, cu is not None, n_heads, groups, max(1, n_heads // per),
-            grouped, once and segments == 1, before is not None, after is not None, out, dots and out, out and (split or dots),
-            a2 is not None, b2 is not None,
+            rows, width, columns, a.dtype, kind, decay.both, reverse, strict, cu is not None, n_heads, groups, max(1, n_heads // per),
+            grouped, once and segments == 1, before is not None, after is not None, out, out and add is not None, out and dots,
+            out and (split or dots),
         )  # fmt: skip
         launch(
             (tiles, segments, sequences * n_heads),
-            (a, b, c, a2, b2, c2, add, x, x2, decay.values, decay.risky, cu, before, o, o2, after, sums, totals),
-            (*a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *strides(c2), *strides(x), *strides(x2)),
+            (a, b, c, x, add, decay.values, decay.risky, cu, before, o, after, sums, totals),
+            (*a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *strides(x)),
             (tokens, scale, start_scale if segments == 1 else 1.0),
         )  # fmt: skip
 
     if segments == 1:
         run(heads, start, last, None, group, True)
-        return Passed(o, o2, last, sums)
+        return Passed(o, last, sums)
     states = torch.empty(sequences, state_heads, segments, width, columns, dtype=torch.float32, device=device)
     wide = width if kind == 2 else columns
     totals = torch.empty(sequences, state_heads, segments, wide, dtype=torch.float32, device=device) if kind else None
@@ -156,22 +129,21 @@ def linear_pass(
         (states, totals, start, last), (), (segments, start_scale),
     )  # fmt: skip
     run(heads, states, None, None, 1 if once else group, True)
-    return Passed(o, o2, last, sums)
+    return Passed(o, last, sums)
 
 
 @cache
 def _launcher(
-    rows: Config, width: int, columns: int, dtype: torch.dtype, kind: int, weighed: int, both: bool, reverse: bool, packed: bool,
+    rows: Config, width: int, columns: int, dtype: torch.dtype, kind: int, both: bool, reverse: bool, strict: bool, packed: bool,
     heads: int, groups: tuple[int, int, int, int], per: int, grouped: int, once: bool, start: bool, final: bool, out: bool,
-    dots: bool, split: bool, queries: bool, sources: bool,
+    add: bool, dots: bool, split: bool,
 ) -> Launcher:  # fmt: skip
     """The pass kernel with its constants; found again by position, which is faster than by name."""
     return launcher(
         kernels.pass_kernel, H=heads, GA=groups[0], GB=groups[1], GC=groups[2], GX=groups[3], GP=per, GS=grouped, ONCE=once, D=width,
-        V=columns, BD=padded(width), BV=min(rows.columns, padded(columns)), C=CHUNK, DECAY=kind, WEIGHED=weighed, BOTH=both,
-        REVERSE=reverse, START=start, FINAL=final, OUT=out, DOT=dots, SPLIT=split and dtype == torch.bfloat16,
-        QUERIES=1 + queries, SOURCES=1 + sources, PACKED=packed, WIDE=dtype == torch.float16,
-        IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,
+        V=columns, BD=padded(width), BV=min(rows.columns, padded(columns)), C=CHUNK, DECAY=kind, BOTH=both, REVERSE=reverse,
+        STRICT=strict, START=start, FINAL=final, OUT=out, ADD=add, DOT=dots, SPLIT=split and dtype == torch.bfloat16, PACKED=packed,
+        WIDE=dtype == torch.float16, IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,28 +145,38 @@ def rates(bench: Bench) -> dict[str, float]:
     return {"copy_gb_s": bench.rate() / 1e9, "product_tflop_s": product}
 
 
-def warm_up(name: str, device: str) -> None:
-    """Every kernel that one form's checks and timings use, so that the cache has it."""
+def parts(name: str, cuda: bool, quick: bool) -> list[tuple[str, Shape]]:
+    """What to run once so that all kernels of a form's checks and timings are compiled: dtypes and shapes."""
+    checked = [(dtype, shape) for shape in check_shapes(cuda, quick) for dtype in ("float32", "bfloat16")]
+    return [*checked, ("step", STATES), *(("timed", shape) for shape, names in TIMED if name in names and shape != LONGEST)]
+
+
+def warm_up(name: str, part: int, device: str, quick: bool) -> None:
     form = FORMS[name]
-    for shape in check_shapes(device == "cuda", quick=False):
-        for dtype in (torch.float32, torch.bfloat16):
-            results(form, inputs(form, shape, device, dtype, state=True), dtype)
-    for shape, names in TIMED:
-        if name in names and shape != LONGEST:
-            grown = leaves(form, inputs(form, shape if device == "cuda" else TRY, device))
-            form(grown).sum().backward()
+    kind, shape = parts(name, device == "cuda", quick)[part]
+    if kind == "step":
+        with torch.no_grad():
+            x = inputs(form, (1, 1, *shape[2:]) if device == "cuda" else TRY, device, state=True)
+            form({key: t[:, :1] if t.dim() > 2 and key != "initial_state" else t for key, t in x.items()}, return_state=True)
+    elif kind == "timed":
+        grown = leaves(form, inputs(form, shape if device == "cuda" else TRY, device))
+        form(grown).sum().backward()
+    else:
+        dtype = getattr(torch, kind)
+        results(form, inputs(form, shape, device, dtype, state=True), dtype)
 
 
 def compile_all(bench: Bench) -> dict[str, str]:
-    """Each form in a process of its own, side by side: the later sections find their kernels compiled."""
-    words = [sys.executable, __file__, "--device", bench.device.type, "--warm"]
-    running = {name: subprocess.Popen([*words, name], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name in FORMS}
-    try:
-        said = {name: process.communicate()[1].strip().splitlines() for name, process in running.items()}
-    finally:
-        for process in running.values():
-            process.kill()
-    return {name: said[name][-1] if process.returncode and said[name] else "compiled" for name, process in running.items()}
+    """Each part of each form in a process of its own, as many as there are cores: later sections find their kernels compiled."""
+    jobs = [(name, part) for name in FORMS for part in range(len(parts(name, bench.cuda, bench.quick)))]
+    words = [sys.executable, __file__, "--device", bench.device.type, *(["--quick"] if bench.quick else [])]
+
+    def one(job: tuple[str, int]) -> str:
+        done = subprocess.run([*words, "--warm", job[0], "--part", str(job[1])], capture_output=True, text=True)
+        return done.stderr.strip().splitlines()[-1] if done.returncode else "compiled"
+
+    with ThreadPoolExecutor(os.cpu_count() if bench.cuda else 2) as pool:
+        return {f"{name} {part}": said for (name, part), said in zip(jobs, pool.map(one, jobs))}
 
 
 def checks(bench: Bench) -> dict[str, Any]:
@@ -279,17 +290,21 @@ def first_call(name: str, device: str) -> float:
 
 
 def first(bench: Bench) -> dict[str, float]:
-    """Each form's first call in a process and with a kernel cache of its own."""
-    found = {}
+    """Each form's first call in a process and with a kernel cache of its own; on CUDA side by side, each on its own core."""
     add = bench.table("First forward and backward on a cold cache", "form", "s")
-    for name in FORMS:
+
+    def one(name: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
             words = [sys.executable, __file__, "--first", name, "--device", bench.device.type]
             done = subprocess.run(words, env={**os.environ, "TRITON_CACHE_DIR": folder}, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        found[name] = float(done.stdout.split()[-1])
-        add(name, f"{found[name]:.1f}")
+        return float(done.stdout.split()[-1])
+
+    with ThreadPoolExecutor(len(FORMS) if bench.cuda else 1) as pool:
+        found = dict(zip(FORMS, pool.map(one, FORMS)))
+    for name, seconds in found.items():
+        add(name, f"{seconds:.1f}")
     return found
 
 
@@ -361,6 +376,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="RESULT", help="draw a result file into docs/img/ and measure nothing")
     parser.add_argument("--first", choices=list(FORMS), help=argparse.SUPPRESS)
     parser.add_argument("--warm", choices=list(FORMS), help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.plot:
         from kernel_plots import draw
@@ -374,7 +390,7 @@ def main() -> int:
         print(first_call(args.first, args.device))
         return 0
     if args.warm:
-        warm_up(args.warm, args.device)
+        warm_up(args.warm, args.part, args.device, args.quick)
         return 0
     if args.peers is None:
         args.peers = [] if args.only or args.quick else list(PEERS)

@@ -1,4 +1,4 @@
-"""The command line: `subquad list | show | swap | bench | doctor`.
+"""The command line: `subquad list | show | swap | bench | tune | doctor`.
 
 Bad input of any kind is one line on standard error and exit status 2. What is heavy is imported inside the commands.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -256,7 +257,7 @@ def _command() -> str:
     return shlex.join(["subquad", *sys.argv[1:]])
 
 
-# ---- bench and doctor ----------------------------------------------------------------------------------------------
+# ---- bench, tune and doctor ----------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -328,6 +329,68 @@ def bench(
             write_whole(out / "bench.html", bench_page(points, about))
             write_whole(out / "bench.json", json.dumps({"about": about, "points": [asdict(p) for p in points]}, indent=1) + "\n")
         typer.echo(f"Plots: {out / 'bench.html'}; numbers: {out / 'bench.json'}")
+
+
+@app.command()
+def tune(
+    head_dim: Annotated[str, typer.Option(help="Head dims, separated by commas.")] = "64,128",
+    kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel; repeat for several (default: all).")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    quick: Annotated[bool, typer.Option("--quick", help="Head dim 128, and few programs only for the pass.")] = False,
+    device: Annotated[str, typer.Option(help="cuda; or cpu, which tries it tiny where TRITON_INTERPRET=1.")] = "cuda",
+    out: Annotated[Path | None, typer.Option(help="File for the rows; SUBQUAD_LAUNCH=FILE then uses them.")] = None,
+) -> None:
+    """Measure the kernels' launch parameters on this GPU, and print rows for the table of subquad/ops/launch.py.
+
+    Examples:
+
+      subquad tune --out launch.json
+
+      SUBQUAD_LAUNCH=launch.json python train.py
+    """
+    from importlib.util import find_spec
+
+    import torch
+
+    from subquad.bench.choice import dtype_of, integers
+    from subquad.bench.folder import writing
+    from subquad.bench.machine import device_name, versions
+    from subquad.bench.report import write_whole
+
+    widths, precision = [128] if quick else sorted(set(integers("--head-dim", head_dim))), dtype_of(dtype)
+    if max(widths) > 256:
+        raise InputError("--head-dim", repr(head_dim), "at most 256")
+    if dtype == "float16":
+        raise InputError("--dtype", repr(dtype), "bfloat16 or float32, which have rows")
+    if find_spec("triton") is None:
+        raise InputError("tune", "a machine without Triton", "Triton, whose kernels are measured")
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+    if device == "cpu" and not interpreted:
+        raise InputError("--device", "'cpu'", "cuda; cpu only tries the command, with TRITON_INTERPRET=1")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise InputError(
+            "--device", f"{device!r}, where torch sees {torch.cuda.device_count()} CUDA devices", "cuda, on a machine that has one"
+        )
+    from subquad.bench import tune as tuner
+
+    if device == "cpu":
+        precision = dtype_of("float32")  # Triton's interpreter has no bfloat16 products
+    for name in kernel or ():
+        if name not in tuner.KERNELS:
+            raise nearest("--kernel", name, tuner.KERNELS, "kernel")
+    about = {"device": device_name(device), "versions": versions(), "command": _command()}
+    rows: list[tuner.Row] = []
+    try:
+        for row in tuner.tune(widths, precision, device, kernels=kernel or tuple(tuner.KERNELS), quick=quick, progress=True):
+            rows.append(row)
+            if out is not None:  # anew after each row: it takes minutes
+                with writing("--out", out):
+                    write_whole(out, tuner.save(rows, about))
+    finally:
+        for row in rows:
+            typer.echo(row.line)
+    if out is not None:
+        typer.echo(f"Written: {out}; SUBQUAD_LAUNCH={shlex.quote(str(out))} uses it", err=True)
 
 
 @app.command()

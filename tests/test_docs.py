@@ -100,6 +100,23 @@ def test_navigation_names_every_page(pages):
     assert sorted(in_nav) == sorted(path for path in pages if path.startswith("mechanisms/"))
 
 
+def test_floors_of_the_kernels_follow_from_their_bytes(pages):
+    """MiB from the tensors that are named, ms at 3.0 TB/s; operations from the formulas."""
+    mib = {"q": 64, "k": 64, "v": 64, "o": 64, "T": 64, "β": 0.5}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in pages["kernels.md"].splitlines() if line.startswith("| ")]
+    timed = [row for row in rows if len(row) == 7 and row[2] != "MiB"]
+    for name, forward, one, one_ms, both, two, two_ms in timed:
+        size = {**mib, "g": 128 if "channel" in name else 1}
+        assert sum(size[tensor] for tensor in re.findall(r"\w", forward)) == float(one)
+        assert sum(int(n) * size[tensor] for n, tensor in re.findall(r"(\d+) (\w)", both)) == float(two)
+        for amount, ms in ((one, one_ms), (two, two_ms)):
+            assert f"{float(amount) * 2**20 / 3.0e9:.3f}" == ms
+    counted = [(int(row[1].split()[0]), row[2]) for row in rows if len(row) == 3 and re.match(r"\d+ C D", row[1])]
+    for times, giga in counted:
+        assert f"{times * 64 * 128 * (64 + 128) * 8 * 16 * 2048 / 64 / 1e9:.1f}" == giga
+    assert len(timed) == 5 and len(counted) == 4
+
+
 def test_readme_rows_are_what_the_cards_say():
     """A new mechanism may be missing until `make docs`; a row that stands must be true."""
     part = readme.between("mechanisms").search((ROOT / "README.md").read_text())[0]

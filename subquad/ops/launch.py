@@ -36,6 +36,7 @@ class Launcher:
             tensors[0].device,
             tuple([None if x is None else (x.dtype, x.data_ptr() & 15) for x in tensors]),
             tuple([(x & 15 == 0, x == 1, x >> 31) for x in strides]),
+            tuple([x >> 31 if type(x) is int else float for x in plain]),
         )
         compiled = self.known.get(key)
         if compiled is None:
@@ -82,11 +83,11 @@ def processors(device: torch.device) -> int:
 # (kernel, padded head dim, bits of the dtype, decay) -> parameters when there are many programs, and when there are few
 TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("pass", 64, 16, "none"): (Config(64, 4, 4), Config(16, 4, 4)),
-    ("pass", 64, 16, "scalar"): (Config(64, 4, 3), Config(16, 4, 4)),
-    ("pass", 64, 16, "channel"): (Config(64, 4, 2), Config(32, 4, 3)),
+    ("pass", 64, 16, "scalar"): (Config(64, 4, 3), Config(64, 4, 3)),
+    ("pass", 64, 16, "channel"): (Config(64, 4, 3), Config(64, 4, 3)),
     ("pass", 128, 16, "none"): (Config(64, 4, 4), Config(32, 4, 4)),
-    ("pass", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
-    ("pass", 128, 16, "channel"): (Config(64, 4, 2), Config(32, 4, 2)),
+    ("pass", 128, 16, "scalar"): (Config(64, 4, 2), Config(64, 4, 2)),  # few: segments beat narrow tiles
+    ("pass", 128, 16, "channel"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("inverse", 64, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),
     ("inverse", 64, 16, "scalar"): (Config(64, 2, 1), Config(64, 2, 1)),
     ("inverse", 128, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),

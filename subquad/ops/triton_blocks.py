@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(-1.4426950408889634e4)  # stands for −inf: 2 to it is 0, and differences of its sums stay finite
+FLOOR = tl.constexpr(-256.0)  # stands for −inf: 2 to it is 0, and sums of a few keep the digits of the others
 
 
 @triton.jit
@@ -44,6 +44,12 @@ def sequence(cu, i, N, PACKED: tl.constexpr):
         begin = row * 0
         length = N
     return row, begin, length
+
+
+@triton.jit
+def count_slots(N, sequences, C: tl.constexpr, PACKED: tl.constexpr):
+    """Room for what is kept of each chunk of a row of the batch, see `launch.slots`."""
+    return N // C + 2 + (sequences if PACKED else 0)
 
 
 @triton.jit

@@ -58,7 +58,8 @@ def test_wrong_numbers_and_what_does_not_launch_do_not_count(monkeypatch):
     monkeypatch.setattr(tune, "operation", operation)
     before = dict(launch.TABLE)
     try:
-        assert set(tune.try_all(CASE, "many", configs, torch.bfloat16, "cpu")) == {Config(32, 4, 1), Config(64, 4, 2)}
+        tried, wrong = tune.try_all(CASE, "many", configs, torch.bfloat16, "cpu")
+        assert set(tried) == {Config(32, 4, 1), Config(64, 4, 2)} and wrong == [Config(64, 8, 1), Config(16, 4, 1)]
         with pytest.raises(RuntimeError, match="shared memory"):
             tune.try_all(CASE, "many", [Config(64, 4, 3)], torch.bfloat16, "cpu")
     finally:
@@ -73,10 +74,24 @@ def test_the_row_in_use_stays_unless_another_is_clearly_faster():
     assert tune.pick({}, now, set()) == now
 
 
+def test_few_programs_may_be_served_best_by_segments(monkeypatch):
+    """The row for many in both places: `choose` then cuts the sequences."""
+    case, many, narrow = tune.Case("pass", "none", 128, 16), Config(64, 4, 2), Config(32, 4, 4)
+    ms = {"many": {many: 1.0}, "few": {many: 1.0, narrow: 2.0, launch.config(*case.key, few=True): 3.0}}
+    monkeypatch.setattr(tune, "try_all", lambda case, regime, configs, *_: ({c: ms[regime].get(c, 9.0) for c in configs}, []))
+    monkeypatch.setattr(tune, "taken", lambda case, regime, config, device: regime == "many" or config.columns <= 32)
+    found = tune.find(case, False, torch.bfloat16, "cpu", lambda: None)
+    assert (found.many, found.few, found.ms["few"][0]) == (many, many, 1.0)
+    ms["few"][narrow] = 0.5
+    assert tune.find(case, False, torch.bfloat16, "cpu", lambda: None).few == narrow
+
+
 def test_a_row_is_what_the_table_holds_and_the_file_is_read_at_import(tmp_path):
-    row = tune.Row(CASE, Config(32, 8, 1), Config(16, 4, 2), {"many": (0.1234, None)}, {"many": {Config(32, 8, 1): 0.1234}})
+    row = tune.Row(
+        CASE, Config(32, 8, 1), Config(16, 4, 2), {"many": (0.1234, None)}, {"many": {Config(32, 8, 1): 0.1234}}, [Config(64, 4, 3)]
+    )
     assert eval("{" + row.line + "\n}", {"Config": Config}) == {CASE.key: (row.many, row.few)}
-    assert "many 0.123 ms, was –" in row.line
+    assert "many 0.123 ms, was –" in row.line and "WRONG: (64, 4, 3)" in row.line
     path = tmp_path / "launch.json"
     path.write_text(tune.save([row, row], {"device": "none"}))
     assert json.loads(path.read_text())["device"] == "none"

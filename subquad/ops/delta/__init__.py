@@ -38,7 +38,8 @@ def delta_rule(
         q, k: ``[B, N, ·, D]``; v: ``[B, N, ·, V]``. Head counts divide the largest, H; Hs is the larger of k's and v's.
             Keys are used as given: with β ≤ 1 they should have norm 1 at most, or the state may grow without bound.
         beta: ``[B, N, Hs]``, the size of each correction.
-        log_decay: log a ≤ 0 per token ``[B, N, Hs]``, or per channel ``[B, N, Hs, D]``; None is 0.
+        log_decay: log a ≤ 0 per token ``[B, N, Hs]``, or per channel ``[B, N, Hs, D]``, which on CUDA too is computed by plain
+            PyTorch but for decoding; None is 0.
         scale: multiplies q; None is ``D ** -0.5``.
         initial_state: ``[B, Hs, D, V]``.
         return_state: also return the state after the last token, in float32 (float64 for float64 inputs).
@@ -49,7 +50,7 @@ def delta_rule(
     """
     heads, state_heads = _check(q, k, v, beta, log_decay, initial_state, cu_seqlens)
     dtype = compute_dtype(q)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     state = None if initial_state is None else initial_state.to(dtype)
     use_kernels = scale != 0 and kernels_serve(q, q.shape[3], v.shape[3])
     # the one place that chooses a path
@@ -58,6 +59,7 @@ def delta_rule(
     elif use_kernels and (log_decay is None or log_decay.dim() == 3):
         from subquad.ops.delta.fused import delta_rule as by_kernels
 
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device).contiguous()
         o, state = by_kernels(q, k, v, beta, log_decay, state, cu_seqlens, scale, return_state)
     else:
         q = expand_heads(q, heads if q.shape[2] < state_heads else q.shape[2])

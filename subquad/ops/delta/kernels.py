@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.triton_blocks import find_chunk, in_two, load_tile, pair_weights, rounded, sequence, store_tile
+from subquad.ops.triton_blocks import count_slots, find_chunk, in_two, load_tile, pair_weights, rounded, sequence, store_tile
 
 
 @triton.jit
@@ -89,9 +89,11 @@ def inverse_kernel(
     Blocks of 2, 4, …, 16 tokens are solved in place for the four blocks of 16 side by side, then joined to 32 and to 64.
     Each join is a step of forward substitution by blocks, and as stable, also for equal keys.
     """
-    i_c, i_b, i_h = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    chunks = tl.cdiv(N, C) + (sequences if PACKED else 0)
+    i_c, i_bh = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED, BS)
-    slot = (i_b * H + i_h) * (tl.cdiv(N, C) + (sequences if PACKED else 0)) + first // C + i_q
+    slot = (i_b * H + i_h) * count_slots(N, sequences, C, PACKED) + first // C + i_q
     k += i_b * sk_b + first * sk_n + (i_h // GK) * sk_h
     beta += i_b * se_b + first * se_n + i_h * se_h
     if DECAY:
@@ -146,7 +148,9 @@ def solve_kernel(
         M ``[B, H, slots, C, C]``; P ``[B, H, slots, C]``: the running sums of the decays within chunks, as log2.
         start, final ``[sequences, H, D, V]``; o, and with SAVE x, ``[B, N, H, V]``, contiguous.
     """
-    i_v, i_q, i_h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    i_v, i_q = tl.program_id(0) % TILES, tl.program_id(0) // (TILES * H)
+    i_h = (tl.program_id(0) // TILES % H).to(tl.int64)
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
     rows, ds, vs = tl.arange(0, C), tl.arange(0, BD), i_v * BV + tl.arange(0, BV)
     VP: tl.constexpr = BV if V % BV else V  # padded beyond V only where tiles do not fit
@@ -159,7 +163,7 @@ def solve_kernel(
     o += ((i_b * N + begin) * H + i_h) * V
     if SAVE:
         x += ((i_b * N + begin) * H + i_h) * V
-    slot = (i_b * H + i_h) * (tl.cdiv(N, C) + (tl.num_programs(1) // H if PACKED else 0)) + begin // C + (i_q if PACKED else 0)
+    slot = (i_b * H + i_h) * count_slots(N, tl.num_programs(0) // (TILES * H), C, PACKED) + begin // C + (i_q if PACKED else 0)
     if DECAY:
         P += slot * C
     M += slot * (C * C)
@@ -239,7 +243,9 @@ def mirror_kernel(
         start, final ``[sequences, H, D, V]``: the gradient of the state after, times start_scale, and of the state before.
         u, w, dv ``[B, N, H, V]``: β x, −β u̇ and the gradient of v, contiguous; dots ``[B, H, tiles, N]``: that of beta, by tiles.
     """
-    i_v, i_q, i_h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    i_v, i_q = tl.program_id(0) % TILES, tl.program_id(0) // (TILES * H)
+    i_h = (tl.program_id(0) // TILES % H).to(tl.int64)
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
     rows, ds, vs = tl.arange(0, C), tl.arange(0, BD), i_v * BV + tl.arange(0, BV)
     VP: tl.constexpr = BV if V % BV else V
@@ -253,11 +259,11 @@ def mirror_kernel(
     u += ((i_b * N + begin) * H + i_h) * V
     w += ((i_b * N + begin) * H + i_h) * V
     dv += ((i_b * N + begin) * H + i_h) * V
-    slot = (i_b * H + i_h) * (tl.cdiv(N, C) + (tl.num_programs(1) // H if PACKED else 0)) + begin // C + (i_q if PACKED else 0)
+    slot = (i_b * H + i_h) * count_slots(N, tl.num_programs(0) // (TILES * H), C, PACKED) + begin // C + (i_q if PACKED else 0)
     if DECAY:
         P += slot * C
     M += slot * (C * C)
-    dots += ((i_b * H + i_h) * tl.num_programs(0) + i_v) * N + begin
+    dots += ((i_b * H + i_h) * TILES + i_v) * N + begin
 
     S = tl.zeros([BD, BV], tl.float32)
     cell = (i_q * H + i_h).to(tl.int64) * (D * V) + ds[:, None] * V + vs[None, :]

@@ -10,7 +10,7 @@ from torch import Tensor
 from subquad.ops.common import CHUNK
 from subquad.ops.delta import kernels
 from subquad.ops.launch import INTERPRETED, cdiv, choose, config, launcher, padded
-from subquad.ops.linear.launch import Decays, bound, count_sequences, slots
+from subquad.ops.linear.launch import Decays, bound, chunks, count_sequences, slots
 
 
 class Mirrored(NamedTuple):
@@ -36,13 +36,13 @@ def inverse(k: Tensor, beta: Tensor, decay: Decays, cu: Tensor | None) -> Tensor
     out = torch.empty(shape, dtype=dtype, device=k.device)
     if out.numel() == 0 or k.shape[1] == 0:
         return out
-    row = config("inverse", width, k.element_size() * 8, _family(decay), few=False)
+    row = config("inverse", width, 16 if k.dtype == torch.bfloat16 else 32, _family(decay), few=False)
     launcher(
         kernels.inverse_kernel, H=heads, GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK, DECAY=decay.values is not None,
         PACKED=cu is not None, BS=bound(sequences, cu), WIDE=k.dtype == torch.float16,
         IP="tf32x3" if k.dtype == torch.float32 or INTERPRETED else "bf16x3", num_warps=min(4, row.warps),
     )(
-        (shape[2], shape[0] * heads, 1), (k, beta, decay.values, cu, out), k.stride()[:3],
+        (chunks(k.shape[1], cu) * shape[0] * heads, 1, 1), (k, beta, decay.values, cu, out), k.stride()[:3],
         (*beta.stride(), k.shape[1], sequences),
     )  # fmt: skip
     return out
@@ -60,7 +60,7 @@ def solve(
     last = _last(final, start, 1.0, q, heads, columns, sequences)
     if q.shape[1] and sequences:
         launcher(kernels.solve_kernel, GV=heads // v.shape[2], START=start is not None, FINAL=final, SAVE=save, **common)(
-            (tiles, sequences * heads, 1),
+            (tiles * sequences * heads, 1, 1),
             (q, k, v, beta, M, decay.values, decay.risky, cu, start, o, x, last),
             (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), (*beta.stride(), q.shape[1], scale),
         )  # fmt: skip
@@ -79,7 +79,7 @@ def mirror(
     last = _last(final, start, 1 / scale, q, heads, columns, sequences)
     if q.shape[1] and sequences:
         launcher(kernels.mirror_kernel, START=start is not None, FINAL=final, **common)(
-            (tiles, sequences * heads, 1),
+            (tiles * sequences * heads, 1, 1),
             (q, k, do, beta, M, decay.values, decay.risky, cu, start, x, u, w, dv, dots, last),
             (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3]), (*beta.stride(), q.shape[1], scale, 1 / scale),
         )  # fmt: skip
@@ -91,7 +91,7 @@ def _common(
 ) -> tuple[dict[str, Any], int, int]:
     """Constants and options of both solves, the tiles of the columns, and the sequences."""
     heads, width, sequences = beta.shape[2], q.shape[-1], count_sequences(q, cu)
-    bits, family = q.element_size() * 8, _family(decay)
+    bits, family = 16 if q.dtype == torch.bfloat16 else 32, _family(decay)
     row, _ = choose(name, width, columns, bits, q.device, family, sequences * heads, 1)
     tile = min(row.columns, padded(columns))
     common = {

@@ -50,20 +50,21 @@ def linear_attention(
         o ``[B, N, H, V]`` in the dtype of q, or (o, state).
     """
     heads, dtype = _check(q, k, v, log_decay, normalize, initial_state, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if normalize:  # a column of ones beside v: its output is the denominator, its state is z
         v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
         initial_state = None if initial_state is None else torch.cat([initial_state[0], initial_state[1][..., None]], -1)
     state = None if initial_state is None else initial_state.to(dtype)
     out_dtype = dtype if normalize else q.dtype
-    use_kernels = scale != 0 and kernels_serve(q, q.shape[3])
+    use_kernels = scale != 0 and kernels_serve(q, q.shape[3], v.shape[3])
     # the one place that chooses a path
     if use_kernels and cu_seqlens is None and state is not None and step.available(q, k, v, log_decay, state):
         o, state = step.recurrent_step(q, k, v, log_decay, None, state, scale, out_dtype)
     elif use_kernels:
         from subquad.ops.linear.fused import linear_attention as by_kernels
 
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device).contiguous()
         o, state = by_kernels(q, k, v, log_decay, state, cu_seqlens, scale, return_state, out_dtype)
     else:
         log_decay = None if log_decay is None else log_decay.to(dtype)

@@ -75,7 +75,7 @@ def unweigh(
             unweigh_kernel, H=total, HS=heads, D=width, BT=tile, C=CHUNK, GATE=dg is not None, PACKED=cu is not None, STAGES=2,
             num_warps=4, **_exact(dq),
         )(
-            (cdiv(width, tile), heads, sequences),
+            (sequences, heads, cdiv(width, tile)),
             (g, cu, weighed.q, weighed.k, aq, ak, weighed.tensors()[3], at_end, dq, dk, dg),
             g.stride()[:3], (aq.shape[1], scale),
         )  # fmt: skip
@@ -90,7 +90,7 @@ def pairs(a: Tensor, b: Tensor, c: Tensor, g: Tensor, decay: Decays, o: Tensor, 
         launcher(
             pairs_kernel, H=heads, **groups, D=a.shape[3], V=columns, BD=padded(a.shape[3]), BV=tile, REVERSE=reverse, **_shared(a, cu)
         )(
-            (_looks(a, cu), cdiv(columns, tile), a.shape[0] * heads), (a, b, c, g, cu, _risky(decay), o),
+            (a.shape[0] * heads, cdiv(columns, tile), _looks(a, cu)), (a, b, c, g, cu, _risky(decay), o),
             (*a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *g.stride()[:3]), (a.shape[1], count_sequences(a, cu), scale),
         )  # fmt: skip
 
@@ -108,7 +108,7 @@ def pairs_backward(
             pairs_backward_kernel, H=total, HS=heads, **groups, D=width, V=v.shape[3], BD=tile, BV=padded(v.shape[3]),
             GATE=dg is not None, **_shared(q, cu),
         )(
-            (_looks(q, cu), cdiv(width, tile), q.shape[0] * heads),
+            (q.shape[0] * heads, cdiv(width, tile), _looks(q, cu)),
             (q, k, v, do, g, cu, _risky(decay), dq, dk, dg),
             (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *g.stride()[:3]),
             (q.shape[1], count_sequences(q, cu), scale),

@@ -18,6 +18,7 @@ import triton.language as tl
 from subquad.ops.triton_blocks import (
     FLOOR,
     LOG2E,
+    count_slots,
     find_chunk,
     in_two,
     load_tile,
@@ -37,9 +38,9 @@ def sums_kernel(
     """Running sums within each chunk of log decays g ``[B, N, HP]``, as log2: P ``[B, HP, slots, C]``, level past the end."""
     i_c, i_b, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED, BS)
-    slots = tl.cdiv(N, C) + (sequences if PACKED else 0)
+    slots = count_slots(N, sequences, C, PACKED)
     rows = tl.arange(0, C)
-    x = tl.load(g + i_b.to(tl.int64) * sg_b + i_h * sg_h + (first + rows) * sg_n, mask=rows < left, other=0.0)
+    x = tl.load(g + i_b.to(tl.int64) * sg_b + i_h.to(tl.int64) * sg_h + (first + rows) * sg_n, mask=rows < left, other=0.0)
     x = tl.maximum(x.to(P.dtype.element_ty) * LOG2E, FLOOR)
     at = ((i_b.to(tl.int64) * HP + i_h) * slots + first // C + i_q) * C
     tl.store(P + at + rows, tl.cumsum(x, 0), mask=(rows >= 0) & (left > 0))
@@ -50,7 +51,7 @@ def risky_kernel(P, cu, risky, N, HP: tl.constexpr, C: tl.constexpr, PACKED: tl.
     """Marks ``[sequences, HP]`` of those in which some chunk decays below 2^SAFE, from `sums_kernel`'s P."""
     i_q, i_h = tl.program_id(0), tl.program_id(1)
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
-    slots = tl.cdiv(N, C) + (tl.num_programs(0) if PACKED else 0)
+    slots = count_slots(N, tl.num_programs(0), C, PACKED)
     P += ((i_b * HP + i_h) * slots + begin // C + (i_q if PACKED else 0)) * C + C - 1
     chunks = tl.cdiv(n, C)
     lowest = tl.zeros([128], tl.float32)
@@ -78,11 +79,11 @@ def add_pairs(acc, scores, p, kept, tc, source, EXACT: tl.constexpr, MT: tl.cons
         return tl.dot(tl.where(kept, scores, 0.0).to(MT), source, acc, input_precision=IP)
 
 
-@triton.jit(do_not_specialize=["N", "scale", "start_scale"])
+@triton.jit(do_not_specialize=["N", "segments", "scale", "start_scale"])
 def pass_kernel(
     a, b, c, x, add, P, risky, cu, start, o, final, dots, totals,
     sa_b, sa_n, sa_h, sb_b, sb_n, sb_h, sc_b, sc_n, sc_h, sx_b, sx_n, sx_h,
-    N, scale, start_scale,
+    N, segments, scale, start_scale,
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
     ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, BOTH: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, START: tl.constexpr,
@@ -104,9 +105,11 @@ def pass_kernel(
         SPLIT: read the state in two parts of MT, as the gradient of decays needs: between q·q̇ and k·k̇ much cancels, and
             rounding would add up. For that x is also weighed and rounded as the other direction's sources are.
     """
-    i_v, i_s, i_qh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_q, i_h = i_qh // H, i_qh % H
-    segments = tl.num_programs(1)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)  # one axis holds all: the others end at 65,535; tiles of a head are neighbours
+    i_v, i_s = program % TILES, program // TILES % segments
+    i_qh = program // (TILES * segments)
+    i_q, i_h = i_qh // H, (i_qh % H).to(tl.int64)
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
     chunks = tl.cdiv(n, C)
     per = tl.cdiv(chunks, segments)
@@ -127,11 +130,11 @@ def pass_kernel(
         o += here * V
     if DOT:
         x += i_b * sx_b + begin * sx_n + (i_h // GX) * sx_h
-        dots += ((i_b * H + i_h) * tl.num_programs(0) + i_v) * N + begin
+        dots += ((i_b * H + i_h) * TILES + i_v) * N + begin
     if ADD:
         add += here * V
     if DECAY >= TOKEN:
-        slots = tl.cdiv(N, C) + (tl.num_programs(2) // H if PACKED else 0)
+        slots = count_slots(N, tl.num_programs(0) // (TILES * segments * H), C, PACKED)
         slot = (i_b * (H // GP) + i_h // GP) * slots + begin // C + (i_q if PACKED else 0) + i_s * per
         P += slot.to(tl.int64) * PW
     if DECAY >= CHANNEL:
@@ -250,7 +253,7 @@ def join_kernel(
     DECAY: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds, ``[sequences, H, segments, D, V]``, becomes, in place, the state it starts from."""
-    i_c, i_qh = tl.program_id(0), tl.program_id(1)
+    i_qh, i_c = tl.program_id(0), tl.program_id(1)
     cell = i_c * BLOCK + tl.arange(0, BLOCK)
     inside = cell < D * V
     S = tl.zeros([BLOCK], tl.float32)

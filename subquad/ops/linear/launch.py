@@ -86,9 +86,11 @@ def linear_pass(
     device = a.device
     kind = {"none": 0, "token": 1, "channel": 3 if column else 2}[decay.kind]
     family = "scalar" if decay.kind == "token" else decay.kind
-    rows, segments = choose("pass", width, columns, a.element_size() * 8, device, family, sequences * heads, cdiv(tokens, CHUNK))
+    bits = 16 if a.dtype == torch.bfloat16 else 32  # float16 is computed as float32
+    rows, segments = choose("pass", width, columns, bits, device, family, sequences * heads, cdiv(tokens, CHUNK))
     tiles = cdiv(columns, min(rows.columns, padded(columns)))
 
+    start = None if start is None else start.contiguous()
     o = torch.empty(batch, tokens, heads, columns, dtype=dtype, device=device)
     sums = torch.empty(batch, heads, tiles, tokens, dtype=torch.float32, device=device) if dots else None
     state_heads = heads if once else heads // group
@@ -107,10 +109,10 @@ def linear_pass(
             out and (split or dots),
         )  # fmt: skip
         launch(
-            (tiles, segments, sequences * n_heads),
+            (tiles * segments * sequences * n_heads, 1, 1),
             (a, b, c, x, add, decay.values, decay.risky, cu, before, o, after, sums, totals),
             (*a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *strides(x)),
-            (tokens, scale, start_scale if segments == 1 else 1.0),
+            (tokens, segments, scale, start_scale if segments == 1 else 1.0),
         )  # fmt: skip
 
     if segments == 1:
@@ -125,7 +127,7 @@ def linear_pass(
         kernels.join_kernel, H=state_heads, GS=group if once else 1, D=width, V=columns, DECAY=kind, REVERSE=reverse,
         START=start is not None, FINAL=last is not None, BLOCK=block, num_warps=4,
     )(
-        (cdiv(width * columns, block), sequences * state_heads, 1),
+        (sequences * state_heads, cdiv(width * columns, block), 1),
         (states, totals, start, last), (), (segments, start_scale),
     )  # fmt: skip
     run(heads, states, None, None, 1 if once else group, True)
@@ -173,12 +175,15 @@ def by_rows(x: Tensor) -> Tensor:
 
 def chunks(tokens: int, cu: Tensor | None) -> int:
     """Chunks in a row of the batch, or a bound of them."""
-    return max(1, slots(tokens, 0 if cu is None else cu.shape[0] - 1, cu))
+    return cdiv(tokens, CHUNK) + (0 if cu is None else cu.shape[0] - 1)
 
 
 def slots(tokens: int, sequences: int, cu: Tensor | None) -> int:
-    """Room for what is kept of each chunk of a row: the chunk of sequence i that starts at token t has slot t // C + i."""
-    return cdiv(tokens, CHUNK) + (0 if cu is None else sequences)
+    """Room for what is kept of each chunk of a row: the chunk of sequence i that starts at token t has slot t // C + i.
+
+    It is never 1, on which tracing with a symbolic number of tokens would specialise.
+    """
+    return tokens // CHUNK + 2 + (0 if cu is None else sequences)
 
 
 def count_sequences(like: Tensor, cu: Tensor | None) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.triton_blocks import FLOOR, LOG2E, find_chunk, load_tile, store_tile
+from subquad.ops.triton_blocks import FLOOR, LOG2E, count_slots, find_chunk, load_tile, store_tile
 
 
 @triton.jit
@@ -55,9 +55,9 @@ def pairs_kernel(
 
     Arguments are those of `pass_kernel`, with the log decays g ``[B, N, H/GG, D]``. A program looks through CHUNKS chunks.
     """
-    i_c, i_v, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_b, i_h = (i_bh // H).to(tl.int64), i_bh % H
-    risky += (i_b * (H // GG) + i_h // GG) * (tl.cdiv(N, C) + (sequences if PACKED else 0))
+    i_bh, i_v, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    risky += (i_b * (H // GG) + i_h // GG) * count_slots(N, sequences, C, PACKED)
     if not PACKED:  # noqa: SIM102
         if none_risky(risky, i_c * CHUNKS, N, C, CHUNKS):
             return
@@ -96,9 +96,9 @@ def pairs_backward_kernel(
     Query head h reads head h // GQ of q and h // (H / HS) of g; state head s reads s // GK of k and s // GV of v. A token
     with itself is left out of the flow, to which it gives nothing.
     """
-    i_c, i_d, i_bs = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_b, i_s = (i_bs // HS).to(tl.int64), i_bs % HS
-    risky += i_bs * (tl.cdiv(N, C) + (sequences if PACKED else 0))
+    i_bs, i_d, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    i_b, i_s = i_bs // HS, i_bs % HS
+    risky += i_bs * count_slots(N, sequences, C, PACKED)
     if not PACKED:  # noqa: SIM102
         if none_risky(risky, i_c * CHUNKS, N, C, CHUNKS):
             return

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.triton_blocks import FLOOR, LOG2E, find_chunk, load_tile, sequence, store_tile
+from subquad.ops.triton_blocks import FLOOR, LOG2E, count_slots, find_chunk, load_tile, sequence, store_tile
 
 SAFE = tl.constexpr(-100.0)
 
@@ -43,14 +43,14 @@ def weigh_kernel(
     Also total ``[B, HS, slots, D]``, and 1 in risky ``[B, HS, slots]`` where base is 0, as products would overflow.
     Query head h reads head h // GQ of q, state head s head s // GK of k.
     """
-    i_c, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_c, i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED, BS)
     if left <= 0:
         return
     rows, ds = tl.arange(0, C), tl.arange(0, BD)
     through, after, whole = load_decays(g + i_b * sg_b + first * sg_n + i_s * sg_h, sg_n, rows, left, ds, D, BD, EXACT)
     safe = tl.min(whole, 0) >= SAFE
-    slot = (i_b * HS + i_s) * (tl.cdiv(N, C) + (sequences if PACKED else 0)) + first // C + i_q
+    slot = (i_b * HS + i_s) * count_slots(N, sequences, C, PACKED) + first // C + i_q
     tl.store(total + slot * D + ds, whole, mask=ds < D)
     tl.store(risky + slot, tl.where(safe, 0, 1))
     tk = load_tile(k + i_b * sk_b + first * sk_n + i_s // GK * sk_h, sk_n, rows, left, ds, D, BD).to(tl.float32)
@@ -73,12 +73,12 @@ def unweigh_kernel(
     dq, dk and dg hold what the pairs of risky chunks gave. A program walks one tile of channels of one head of the state from
     the end, and sums Ġ on its way, from `at_end` ``[sequences, HS, D]`` on.
     """
-    i_t, i_s, i_q = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_q, i_s, i_t = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
     rows, ds = tl.arange(0, C), i_t * BT + tl.arange(0, BT)
     DP: tl.constexpr = BT if D % BT else D
     g += i_b * sg_b + begin * sg_n + i_s * sg_h
-    slots = tl.cdiv(N, C) + (tl.num_programs(2) if PACKED else 0)
+    slots = count_slots(N, tl.num_programs(0), C, PACKED)
     risky += (i_b * HS + i_s) * slots + begin // C + (i_q if PACKED else 0)
     if GATE:
         carry = tl.load(at_end + (i_q * HS + i_s) * D + ds, mask=ds < D, other=0.0)

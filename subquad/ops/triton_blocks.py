@@ -53,22 +53,21 @@ def count_slots(N, sequences, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def find_chunk(cu, sequences, i, N, C: tl.constexpr, PACKED: tl.constexpr, BS: tl.constexpr):
-    """Chunk i of all chunks of a row of the batch: its sequence (0 unless packed), its first token in the row, and the
-    tokens that its sequence has from there on (none past the last chunk)."""
-    if PACKED:
-        s = tl.arange(0, BS)
-        begin = tl.load(cu + s, mask=s < sequences, other=0).to(tl.int64)
-        length = tl.load(cu + s + 1, mask=s < sequences, other=0).to(tl.int64) - begin
-        length = tl.where(s < sequences, length, 0)
-        after = tl.cumsum((length + C - 1) // C, 0)  # chunks up to and including sequence s
-        chunk = i - (after - (length + C - 1) // C)
-        mine = (chunk >= 0) & (i < after)
-        i_q = tl.sum(tl.where(mine, s, 0), 0)
-        first = tl.sum(tl.where(mine, begin + chunk * C, 0), 0)
-        left = tl.sum(tl.where(mine, length - chunk * C, 0), 0)
+def find_chunk(cu, sequences, i, N, C: tl.constexpr, PACKED: tl.constexpr):
+    """The chunk with slot i of a row of the batch: its sequence (0 unless packed), its first token in the row, and the tokens
+    that its sequence has from there on (none where the slot is empty)."""
+    i_q = i * 0
+    if PACKED:  # slots begin at cu // C + sequence, which only rises: the last one up to i, by bisection
+        beyond = sequences + i * 0
+        while beyond - i_q > 1:
+            middle = (i_q + beyond) // 2
+            start = tl.load(cu + middle).to(tl.int64) // C + middle
+            i_q = tl.where(start <= i, middle, i_q)
+            beyond = tl.where(start <= i, beyond, middle)
+        begin = tl.load(cu + i_q).to(tl.int64)
+        first = begin + (i - begin // C - i_q) * C
+        left = tl.load(cu + i_q + 1).to(tl.int64) - first
     else:
-        i_q = i * 0
         first = i.to(tl.int64) * C
         left = N - first
     return i_q, first, left.to(tl.int32)

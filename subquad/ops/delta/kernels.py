@@ -82,17 +82,17 @@ def halves(x):
 def inverse_kernel(
     k, beta, P, cu, M, sk_b, sk_n, sk_h, se_b, se_n, se_h, N, sequences,
     H: tl.constexpr, GK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    PACKED: tl.constexpr, BS: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """M ``[B, H, slots, C, C]`` of each chunk, C = 64, from k ``[B, N, H/GK, D]`` and beta ``[B, N, H]`` by strides, P as below.
 
     Blocks of 2, 4, …, 16 tokens are solved in place for the four blocks of 16 side by side, then joined to 32 and to 64.
     Each join is a step of forward substitution by blocks, and as stable, also for equal keys.
     """
-    chunks = tl.cdiv(N, C) + (sequences if PACKED else 0)
+    chunks = count_slots(N, sequences, C, PACKED) if PACKED else tl.cdiv(N, C)
     i_c, i_bh = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED, BS)
+    i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED)
     slot = (i_b * H + i_h) * count_slots(N, sequences, C, PACKED) + first // C + i_q
     k += i_b * sk_b + first * sk_n + (i_h // GK) * sk_h
     beta += i_b * se_b + first * se_n + i_h * se_h

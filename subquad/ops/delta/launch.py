@@ -10,7 +10,7 @@ from torch import Tensor
 from subquad.ops.common import CHUNK
 from subquad.ops.delta import kernels
 from subquad.ops.launch import INTERPRETED, cdiv, choose, config, launcher, padded
-from subquad.ops.linear.launch import Decays, bound, chunks, count_sequences, slots
+from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots
 
 
 class Mirrored(NamedTuple):
@@ -39,7 +39,7 @@ def inverse(k: Tensor, beta: Tensor, decay: Decays, cu: Tensor | None) -> Tensor
     row = config("inverse", width, 16 if k.dtype == torch.bfloat16 else 32, _family(decay), few=False)
     launcher(
         kernels.inverse_kernel, H=heads, GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK, DECAY=decay.values is not None,
-        PACKED=cu is not None, BS=bound(sequences, cu), WIDE=k.dtype == torch.float16,
+        PACKED=cu is not None, WIDE=k.dtype == torch.float16,
         IP="tf32x3" if k.dtype == torch.float32 or INTERPRETED else "bf16x3", num_warps=min(4, row.warps),
     )(
         (chunks(k.shape[1], cu) * shape[0] * heads, 1, 1), (k, beta, decay.values, cu, out), k.stride()[:3],

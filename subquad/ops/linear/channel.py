@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.ops.common import CHUNK
 from subquad.ops.launch import cdiv, launcher, padded
-from subquad.ops.linear.launch import Decays, bound, by_rows, chunks, count_sequences, slots
+from subquad.ops.linear.launch import Decays, by_rows, chunks, count_sequences, slots
 from subquad.ops.linear.pairs import pairs_backward_kernel, pairs_kernel
 from subquad.ops.linear.weigh import unweigh_kernel, weigh_kernel
 
@@ -52,7 +52,7 @@ def weigh(q: Tensor, k: Tensor, g: Tensor, cu: Tensor | None, total: int, heads:
     if tensors[0].numel():
         launcher(
             weigh_kernel, H=total, HS=heads, GQ=total // q.shape[2], GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK,
-            PACKED=cu is not None, BS=bound(sequences, cu), num_warps=8 if width > 64 else 4, **_exact(q),
+            PACKED=cu is not None, num_warps=8 if width > 64 else 4, **_exact(q),
         )(
             (chunks(tokens, cu), heads, batch), (q, k, g, cu, *tensors),
             (*q.stride()[:3], *k.stride()[:3], *g.stride()[:3]), (tokens, sequences),
@@ -131,7 +131,7 @@ def _shared(x: Tensor, cu: Tensor | None) -> dict[str, Any]:
     """Constants of both kernels for pairs."""
     precision = "tf32x3" if x.dtype == torch.float32 else "tf32"
     return {
-        "C": CHUNK, "CHUNKS": LOOK, "PACKED": cu is not None, "BS": bound(count_sequences(x, cu), cu),
+        "C": CHUNK, "CHUNKS": LOOK, "PACKED": cu is not None,
         "WIDE": x.dtype == torch.float16, "IP": precision, "num_warps": 8 if x.shape[3] > 64 else 4,
     }  # fmt: skip
 

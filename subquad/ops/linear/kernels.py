@@ -33,11 +33,11 @@ NONE, TOKEN, CHANNEL, COLUMN = (tl.constexpr(i) for i in range(4))
 
 @triton.jit(do_not_specialize=["N", "sequences"])
 def sums_kernel(
-    g, P, cu, sg_b, sg_n, sg_h, N, sequences, HP: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, BS: tl.constexpr
+    g, P, cu, sg_b, sg_n, sg_h, N, sequences, HP: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
     """Running sums within each chunk of log decays g ``[B, N, HP]``, as log2: P ``[B, HP, slots, C]``, level past the end."""
     i_c, i_b, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED, BS)
+    i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED)
     slots = count_slots(N, sequences, C, PACKED)
     rows = tl.arange(0, C)
     x = tl.load(g + i_b.to(tl.int64) * sg_b + i_h.to(tl.int64) * sg_h + (first + rows) * sg_n, mask=rows < left, other=0.0)

@@ -45,7 +45,7 @@ def prepare(log_decay: Tensor | None, like: Tensor, cu: Tensor | None) -> Decays
     sums = torch.empty(batch, heads, slots(tokens, sequences, cu), CHUNK, dtype=dtype, device=like.device)
     risky = torch.empty(sequences, heads, dtype=torch.int32, device=like.device)
     if sums.numel() and risky.numel():
-        launcher(kernels.sums_kernel, HP=heads, C=CHUNK, PACKED=cu is not None, BS=bound(sequences, cu), num_warps=1)(
+        launcher(kernels.sums_kernel, HP=heads, C=CHUNK, PACKED=cu is not None, num_warps=1)(
             (chunks(tokens, cu), batch, heads), (log_decay, sums, cu), log_decay.stride(), (tokens, sequences)
         )  # fmt: skip
         launcher(kernels.risky_kernel, HP=heads, C=CHUNK, PACKED=cu is not None, SAFE=SAFE, num_warps=4)(
@@ -174,8 +174,8 @@ def by_rows(x: Tensor) -> Tensor:
 
 
 def chunks(tokens: int, cu: Tensor | None) -> int:
-    """Chunks in a row of the batch, or a bound of them."""
-    return cdiv(tokens, CHUNK) + (0 if cu is None else cu.shape[0] - 1)
+    """Programs that find all chunks of a row of the batch: one for each, or where sequences are packed for each slot."""
+    return cdiv(tokens, CHUNK) if cu is None else slots(tokens, cu.shape[0] - 1, cu)
 
 
 def slots(tokens: int, sequences: int, cu: Tensor | None) -> int:
@@ -188,11 +188,6 @@ def slots(tokens: int, sequences: int, cu: Tensor | None) -> int:
 
 def count_sequences(like: Tensor, cu: Tensor | None) -> int:
     return like.shape[0] if cu is None else cu.shape[0] - 1
-
-
-def bound(sequences: int, cu: Tensor | None) -> int:
-    """Sequences that a program looks through to find its chunk."""
-    return 1 if cu is None else power_of_two(max(1, sequences))
 
 
 def strides(x: Tensor | None) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def pairs_kernel(
     sa_b, sa_n, sa_h, sb_b, sb_n, sb_h, sc_b, sc_n, sc_h, sg_b, sg_n, sg_h, N, sequences, scale,
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GG: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr,
-    PACKED: tl.constexpr, BS: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Adds scale · Σ W_ts (a_t · b_s) c_s over the pairs of risky chunks to o ``[B, N, H, V]``, W per channel of a and b.
 
@@ -65,7 +65,7 @@ def pairs_kernel(
     VP: tl.constexpr = BV if V % BV else V
     MT: tl.constexpr = tl.float32 if WIDE else a.dtype.element_ty
     for u in range(0, CHUNKS):
-        i_q, first, left = find_chunk(cu, sequences, i_c * CHUNKS + u, N, C, PACKED, BS)
+        i_q, first, left = find_chunk(cu, sequences, i_c * CHUNKS + u, N, C, PACKED)
         if tl.load(risky + first // C + i_q, mask=left > 0, other=0) > 0:
             base_g = g + i_b * sg_b + first * sg_n + (i_h // GG) * sg_h
             ta = load_tile(a + i_b * sa_b + first * sa_n + (i_h // GA) * sa_h, sa_n, rows, left, ds, D, BD).to(MT)
@@ -89,7 +89,7 @@ def pairs_backward_kernel(
     sq_b, sq_n, sq_h, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, so_b, so_n, so_h, sg_b, sg_n, sg_h, N, sequences, scale,
     H: tl.constexpr, HS: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, GATE: tl.constexpr,
-    PACKED: tl.constexpr, BS: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """What the pairs of risky chunks give to q̇, k̇ ``[B, N, H, D]`` and with GATE to q∘q̇ − k∘k̇, flow ``[B, N, HS, D]``.
 
@@ -106,7 +106,7 @@ def pairs_backward_kernel(
     DP: tl.constexpr = BD if D % BD else D
     MT: tl.constexpr = tl.float32 if WIDE else q.dtype.element_ty
     for u in range(0, CHUNKS):
-        i_q, first, left = find_chunk(cu, sequences, i_c * CHUNKS + u, N, C, PACKED, BS)
+        i_q, first, left = find_chunk(cu, sequences, i_c * CHUNKS + u, N, C, PACKED)
         if tl.load(risky + first // C + i_q, mask=left > 0, other=0) > 0:
             base_g = g + i_b * sg_b + first * sg_n + i_s * sg_h
             tk = load_tile(k + i_b * sk_b + first * sk_n + (i_s // GK) * sk_h, sk_n, rows, left, ds, D, DP).to(tl.float32)

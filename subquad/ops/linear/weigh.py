@@ -36,7 +36,7 @@ def weigh_kernel(
     q, k, g, cu, q_hat, k_hat, total, risky,
     sq_b, sq_n, sq_h, sk_b, sk_n, sk_h, sg_b, sg_n, sg_h, N, sequences,
     H: tl.constexpr, HS: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
-    EXACT: tl.constexpr, PACKED: tl.constexpr, BS: tl.constexpr,
+    EXACT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """q̂ ``[B, N, H, D]`` and k̃ ``[B, N, HS, D]`` of one chunk of one head of the state.
 
@@ -44,7 +44,7 @@ def weigh_kernel(
     Query head h reads head h // GQ of q, state head s head s // GK of k.
     """
     i_c, i_s, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED, BS)
+    i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED)
     if left <= 0:
         return
     rows, ds = tl.arange(0, C), tl.arange(0, BD)

@@ -61,6 +61,21 @@ def traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
+def cdiv(n: int, by: int) -> int:
+    """n / by, rounded up; Triton's own is slow on the host."""
+    return -(-n // by)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def padded(width: int) -> int:
+    """A width as the kernels hold it: a power of two, 16 at least."""
+    return max(16, power_of_two(width))
+
+
 class Span(NamedTuple):
     """A sequence (or a batch of equal ones): rows of the state, and tokens start … stop-1."""
 

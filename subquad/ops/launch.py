@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from subquad.ops.common import cdiv, padded
+
 INTERPRETED = triton.knobs.runtime.interpret  # on CPU, where bfloat16 products do not exist
 
 
@@ -57,21 +59,6 @@ class Config(NamedTuple):
     columns: int
     warps: int
     stages: int
-
-
-def cdiv(n: int, by: int) -> int:
-    """n / by, rounded up; Triton's own is slow on the host."""
-    return -(-n // by)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
-def padded(width: int) -> int:
-    """A width as the kernels hold it: a power of two, 16 at least."""
-    return max(16, power_of_two(width))
 
 
 @cache

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.ops.common import cdiv, padded
+
 __all__ = ["available", "recurrent_step"]
 
 TOKENS = 16  # most tokens of a call: the chunked forms have work for the matrix units from there on
@@ -96,17 +98,16 @@ def _recurrent_step(
     if rows == 0:
         return o.to(dtype), new_state
     width, columns = state.shape[2:]
-    padded = max(16, _power_of_two(width))
-    tile, warps = LAUNCH[padded]
-    tile = min(tile, max(16, _power_of_two(columns)))
+    tile, warps = LAUNCH[padded(width)]
+    tile = min(tile, padded(columns))
     decay, strides = _decay_of(log_decay)
     with torch.cuda.device_of(q):
-        step_kernel[(rows * -(-columns // tile),)](
+        step_kernel[(rows * cdiv(columns, tile),)](
             q, k, v, q if log_decay is None else log_decay, q if beta is None else beta, state, o, new_state,
             q.shape[1], scale, *q.stride(), *k.stride(), *v.stride(), *strides, *(beta.stride() if beta is not None else (0, 0, 0)),
             *state.stride(),
             HEADS=heads, GROUP=o.shape[2] // heads, Q_REPEAT=o.shape[2] // q.shape[2], K_REPEAT=heads // k.shape[2],
-            V_REPEAT=heads // v.shape[2], D=width, V=columns, BD=padded, BV=tile, DECAY=decay, DELTA=beta is not None,
+            V_REPEAT=heads // v.shape[2], D=width, V=columns, BD=padded(width), BV=tile, DECAY=decay, DELTA=beta is not None,
             num_warps=warps, num_stages=1,
         )  # fmt: skip
     return o.to(dtype), new_state
@@ -126,8 +127,3 @@ def _decay_of(log_decay: Tensor | None) -> tuple[str, tuple[int, ...]]:
     if log_decay.dim() == 3:
         return "token", (*log_decay.stride(), 0)
     return "channel", log_decay.stride()
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()

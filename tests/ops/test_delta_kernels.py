@@ -119,3 +119,22 @@ def test_deterministic():
         o = delta_rule(*given, None, 0.25, False)[0]
         runs.append((o, *torch.autograd.grad(o.sum(), given)))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("decay", [None, 0.1])
+def test_one_export_serves_every_length(decay, monkeypatch):
+    from subquad.ops.delta import delta_rule as public
+
+    monkeypatch.setenv("SUBQUAD_KERNELS", "on")
+
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, beta, g):
+            return public(q, k, v, beta, log_decay=g)
+
+    given = inputs(1, 66, (1, 1, 1), 16, 16, decay=decay, state=False)[:5]
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    shapes = [None if x is None else {1: tokens} for x in given]
+    exported = torch.export.export(Layer(), tuple(given), dynamic_shapes=shapes).module()
+    for n in (20, 64, 66):
+        part = [None if x is None else x[:, :n] for x in given]
+        assert torch.allclose(exported(*part), Layer()(*part), atol=1e-6)

@@ -68,7 +68,7 @@ def below(L, M1, M2, beta1, beta2, IP: tl.constexpr):
 
 
 @triton.jit
-def halves(x):
+def even_and_odd(x):
     """The even and the odd ones of matrices x ``[2 n, a, b]``: ``[n, a, b]``, or ``[a, b]`` where n = 1."""
     n: tl.constexpr = x.shape[0] // 2
     if n > 1:
@@ -109,7 +109,7 @@ def inverse_kernel(
     X = tl.where((i // 2 == j // 2) & (i > j), L, 0.0)
     for n in tl.static_range(1, 4):
         X += below(tl.where((i >> n + 1 == j >> n + 1) & (i >> n > j >> n), L, 0.0), X, X, b, b, IP)
-    X1, X2 = halves(X)
+    X1, X2 = even_and_odd(X)
 
     # joined to two of 32
     t = o2 * 32 + o16[None, :]
@@ -119,7 +119,7 @@ def inverse_kernel(
     upper = tl.reshape(tl.permute(tl.join(X1, tl.zeros_like(X1)), (0, 1, 3, 2)), [2, 16, 32])
     lower = tl.reshape(tl.permute(tl.join(Y, X2), (0, 1, 3, 2)), [2, 16, 32])
     X = tl.reshape(tl.permute(tl.join(upper, lower), (0, 3, 1, 2)), [2, 32, 32])
-    X1, X2 = halves(X)
+    X1, X2 = even_and_odd(X)
 
     # joined to one of 64
     b1 = tl.load(beta + o32 * se_n, mask=o32 < left, other=0.0).to(tl.float32)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.common import CHUNK
+from subquad.ops.common import CHUNK, cdiv, padded
 from subquad.ops.delta import kernels
-from subquad.ops.launch import INTERPRETED, cdiv, choose, config, launcher, padded
+from subquad.ops.launch import INTERPRETED, choose, config, launcher
 from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.common import CHUNK
-from subquad.ops.launch import cdiv, launcher, padded
-from subquad.ops.linear.launch import Decays, by_rows, chunks, count_sequences, slots
+from subquad.ops.common import CHUNK, cdiv, padded
+from subquad.ops.launch import launcher
+from subquad.ops.linear.launch import SAFE, Decays, by_rows, chunks, count_sequences, slots
 from subquad.ops.linear.pairs import pairs_backward_kernel, pairs_kernel
 from subquad.ops.linear.weigh import unweigh_kernel, weigh_kernel
 
@@ -52,7 +52,7 @@ def weigh(q: Tensor, k: Tensor, g: Tensor, cu: Tensor | None, total: int, heads:
     if tensors[0].numel():
         launcher(
             weigh_kernel, H=total, HS=heads, GQ=total // q.shape[2], GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK,
-            PACKED=cu is not None, num_warps=8 if width > 64 else 4, **_exact(q),
+            SAFE=SAFE, PACKED=cu is not None, num_warps=8 if width > 64 else 4, **_exact(q),
         )(
             (chunks(tokens, cu), heads, batch), (q, k, g, cu, *tensors),
             (*q.stride()[:3], *k.stride()[:3], *g.stride()[:3]), (tokens, sequences),

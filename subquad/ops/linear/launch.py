@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.common import CHUNK
-from subquad.ops.launch import Config, Launcher, cdiv, choose, launcher, padded, power_of_two
+from subquad.ops.common import CHUNK, cdiv, padded, power_of_two
+from subquad.ops.launch import Config, Launcher, choose, launcher
 from subquad.ops.linear import kernels
 
 SAFE = -100.0  # log2 of what a chunk may decay by, for its pairs to be weighed by products

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from subquad.checks import InputError
 from subquad.contract import Attention
 from subquad.rotary import Rotary
 from subquad.state import State
 
+# transformers names the argument `past_key_values` up to 5.23, and `cache` from 5.24 on.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 ROLLBACK = 256  # tokens of a recorded prompt that `crop` can take back (drafts are far shorter)
 
 
@@ -137,7 +141,7 @@ class StateLayer(CacheLayerMixin):
         """Nothing to allocate: the mechanism makes its own state."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise InputError("past_key_values", "a SubquadCache in which this layer is swapped", "a cache made for this model")
+        raise InputError(CACHE, "a SubquadCache in which this layer is swapped", "a cache made for this model")
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -225,7 +229,7 @@ class SubquadCache(Cache):
         """What swapped layer `index` keeps."""
         layer = self.layers[index]
         if not isinstance(layer, StateLayer):
-            raise InputError("past_key_values", f"a SubquadCache in which layer {index} is not swapped", "a cache made for this model")
+            raise InputError(CACHE, f"a SubquadCache in which layer {index} is not swapped", "a cache made for this model")
         return layer
 
 
@@ -233,5 +237,5 @@ def check_cache(cache: object) -> SubquadCache:
     """The cache a swapped model needs, or an error that says how to get one."""
     if not isinstance(cache, SubquadCache):
         should = "a SubquadCache: leave it out and the model makes one, or subquad.convert.cache.SubquadCache(model)"
-        raise InputError("past_key_values", type(cache).__name__, should)
+        raise InputError(CACHE, type(cache).__name__, should)
     return cache

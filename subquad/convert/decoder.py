@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad.checks import InputError, shape_of
-from subquad.convert.cache import SubquadCache, Tokens, check_cache
+from subquad.convert.cache import CACHE, SubquadCache, Tokens, check_cache
 from subquad.convert.module import SwappedAttention
 from subquad.rotary import Rotary
 
@@ -70,6 +70,7 @@ class SwappedDecoderAttention(SwappedAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: SubquadCache | None = None,
+        cache: SubquadCache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """What goes into `o_proj`: ``[B, N, H·D]``.
@@ -83,10 +84,11 @@ class SwappedDecoderAttention(SwappedAttention):
         else:
             padding = _padding_of_mask(attention_mask, columns)
         tokens = self._tokens(hidden_states, position_embeddings, padding)
-        if past_key_values is None:
+        cache = past_key_values if cache is None else cache
+        if cache is None:
             o = tokens.call(self.mechanism) if len(tokens) else tokens.q
         else:
-            o = check_cache(past_key_values).state_layer(self.layer_idx).attend(self.mechanism, tokens, columns)
+            o = check_cache(cache).state_layer(self.layer_idx).attend(self.mechanism, tokens, columns)
         o = o if padding is None else padding.unpack(o, batch, columns)
         return o.flatten(2)
 
@@ -171,18 +173,20 @@ class DecoderModel:
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         caching = self.config.use_cache if use_cache is None else use_cache
         caching = caching and not (getattr(self, "gradient_checkpointing", False) and self.training)
-        if past_key_values is not None:
-            check_cache(past_key_values)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            check_cache(cache)
         elif caching:
-            past_key_values = SubquadCache(self)
+            cache = SubquadCache(self)
         given = inputs_embeds if input_ids is None else input_ids
         if given is not None:
             rows, columns = given.shape[:2]
-            padding, position_ids = find_padding(attention_mask, _rows(position_ids, rows), rows, columns, past_key_values)
+            padding, position_ids = find_padding(attention_mask, _rows(position_ids, rows), rows, columns, cache)
             kwargs["subquad_padding"] = padding
             if self.all_swapped:
                 # No layer reads a four-dimensional mask: an empty one keeps transformers from building it, N² in size.
@@ -191,9 +195,9 @@ class DecoderModel:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=caching,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -211,11 +215,11 @@ class Generation:
         if implementation not in (None, "dynamic"):
             should = "None: a swapped model makes its own cache, whose states already have a fixed size"
             raise InputError("cache_implementation", repr(implementation), should)
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = SubquadCache(self)
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = SubquadCache(self)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE].activate_past_recording()
             return
-        if model_kwargs.get("past_key_values") is not None:
-            check_cache(model_kwargs["past_key_values"])
+        if model_kwargs.get(CACHE) is not None:
+            check_cache(model_kwargs[CACHE])
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]

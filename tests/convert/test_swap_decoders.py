@@ -364,7 +364,7 @@ def test_wrong_use_is_one_line(decoder):
     refuses("model: got str", lambda: subquad.swap("smollm", "toy-linear"))
     subquad.swap(model, "toy-linear", layers=[1])
     refuses("layer 1, which is swapped to 'toy-linear' already", lambda: subquad.swap(model, "toy-softmax"))
-    refuses("past_key_values: got DynamicCache", lambda: model(ids, past_key_values=DynamicCache(config=model.config)))
+    refuses(": got DynamicCache; expected a SubquadCache", lambda: model(ids, past_key_values=DynamicCache(config=model.config)))
     refuses("attention_mask", lambda: model(ids, attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool)))
     other = subquad.swap(decoder(), "toy-linear", layers=[2])
     refuses("layer 1 is not swapped", lambda: model(ids, past_key_values=other(ids[:, :3]).past_key_values))

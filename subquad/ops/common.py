@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import cache, wraps
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,12 +48,21 @@ def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
+@cache
+def _capable(device: torch.device) -> bool:
+    """Whether Triton is there and the device has what the kernels use: bfloat16 and TF32, so NVIDIA's from Ampere on."""
+    right = device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
+    return right and importlib.util.find_spec("triton") is not None
+
+
 def kernels_serve(x: Tensor, *widths: int) -> bool:
     """Whether the Triton kernels serve tensors like x with these head dims: on CUDA, or wherever SUBQUAD_KERNELS=on; not =off."""
     wish = os.environ.get("SUBQUAD_KERNELS", "auto")
     if wish == "off" or x.dtype == torch.float64 or max(widths, default=0) > 256:
         return False
-    return (x.is_cuda or wish == "on") and importlib.util.find_spec("triton") is not None
+    if not x.is_cuda and wish != "on":
+        return False
+    return torch.compiler.is_compiling() or _capable(x.device)  # what compiles has Triton
 
 
 def traced(x: Tensor) -> bool:

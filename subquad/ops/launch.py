@@ -67,13 +67,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# (kernel, padded head dim, bits of the dtype, decay) -> parameters when there are many programs, and when there are few
+# (kernel, padded head dim, bits, decay) -> parameters when there are many programs, and when there are few. Those for few with a
+# decay, and the delta kernels' for few and at 64, are estimates: `subquad tune` measures them.
 TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("pass", 64, 16, "none"): (Config(64, 4, 4), Config(16, 4, 4)),
     ("pass", 64, 16, "scalar"): (Config(64, 4, 3), Config(64, 4, 3)),
     ("pass", 64, 16, "channel"): (Config(64, 4, 3), Config(64, 4, 3)),
     ("pass", 128, 16, "none"): (Config(64, 4, 4), Config(32, 4, 4)),
-    ("pass", 128, 16, "scalar"): (Config(64, 4, 2), Config(64, 4, 2)),  # few: segments beat narrow tiles
+    ("pass", 128, 16, "scalar"): (Config(64, 4, 2), Config(64, 4, 2)),  # few: cut into segments
     ("pass", 128, 16, "channel"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("inverse", 64, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),
     ("inverse", 64, 16, "scalar"): (Config(64, 2, 1), Config(64, 2, 1)),
@@ -88,6 +89,11 @@ TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("mirror", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 3)),
     ("mirror", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
 }
+
+
+def bits_of(dtype: torch.dtype) -> int:
+    """Bits of the table's key: float16 is computed as float32."""
+    return 16 if dtype == torch.bfloat16 else 32
 
 
 def config(kernel: str, width: int, bits: int, decay: str, few: bool) -> Config:

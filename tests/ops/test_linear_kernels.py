@@ -223,8 +223,8 @@ def test_the_public_call_takes_the_kernels(monkeypatch):
 
     x = make((1, 70, 2, 2, 2, 16, 16), "channel")
     calls = []
-    original = fused.forward
-    monkeypatch.setattr(fused, "forward", lambda *a: calls.append(1) or original(*a))
+    original = fused.linear_attention
+    monkeypatch.setattr(fused, "linear_attention", lambda *a: calls.append(1) or original(*a))
     results = []
     for wish in ("on", "off"):
         monkeypatch.setenv("SUBQUAD_KERNELS", wish)

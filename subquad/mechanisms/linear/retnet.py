@@ -16,6 +16,7 @@ Sun et al.: Retentive Network (arXiv 2307.08621), eq. 5–8. Decays belong to qu
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,9 +24,8 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
 from subquad.checks import InputError, compute_dtype, nearest
-from subquad.contract import Call, Card, register
-from subquad.mechanisms.linear.gla import recurrence_flops
-from subquad.mechanisms.linear.lightning import FixedDecay
+from subquad.contract import Call, register
+from subquad.mechanisms.linear.lightning import FixedDecay, Lightning
 from subquad.ops.common import expand_heads
 from subquad.ops.linear import linear_attention
 from subquad.rotary import Rotary, rotate
@@ -45,17 +45,11 @@ class RetNet(FixedDecay):
         rotate: turn q and k by the rotary that is given.
     """
 
-    card = Card(
+    card = replace(
+        Lightning.card,
         title="Retention (RetNet)",
         paper="arXiv 2307.08621",
-        family="linear",
         summary="Linear attention with rotary and a fixed decay per head, whose outputs are normalised head by head.",
-        causal=True,
-        recurrent=True,
-        flops=recurrence_flops,
-        bytes_moved=lambda s, **_: s.tensor_bytes,
-        state_bytes=lambda s, **_: max(4, s.itemsize) * s.batch * s.heads * s.head_dim * s.values,
-        keeps="one {head_dim} × {value_dim} matrix in float32 for each of {heads} heads",
     )
 
     def __init__(

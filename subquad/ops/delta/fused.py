@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from subquad.ops.common import expand_heads, traced
+from subquad.ops.common import eager, expand_heads, traced
 from subquad.ops.delta.launch import inverse, inverse_shape, mirror, solve
 from subquad.ops.launch import INTERPRETED
-from subquad.ops.linear.launch import by_rows, gate_gradient, linear_pass, prepare
+from subquad.ops.linear.launch import by_rows, first_of_group, gate_gradient, linear_pass, prepare
 
 
 def forward(
@@ -87,8 +86,8 @@ def backward(
     k, _, beta, log_decay, state = _operands(k, v[:0], beta, log_decay, state, heads, total)
     q, do, ends = by_rows(q), by_rows(do), None
     if d_final is not None:
-        ends = _first_of_group((d_final * final).sum((-2, -1)), total) if need_decay else None
-        d_final = _first_of_group(d_final, total)
+        ends = first_of_group((d_final * final).sum((-2, -1)), total) if need_decay else None
+        d_final = first_of_group(d_final, total)
     decay = prepare(log_decay, q, cu_seqlens)
     u, w, dv, dbeta, d_state = mirror(q, k, do, beta, M, x, decay, cu_seqlens, scale=scale, start=d_final, final=need_state)
 
@@ -108,7 +107,7 @@ def backward(
         dk = rest.o
         if need_decay:
             assert rises is not None and row.dots is not None and column.dots is not None and rest.dots is not None
-            dg = gate_gradient(rises + row.dots, column.dots + rest.dots, ends, cu_seqlens, total, torch.float32)
+            dg = gate_gradient(rises + row.dots, column.dots + rest.dots, ends, cu_seqlens, total)
     grads = (dq, dk, dv, dbeta.sum(2).mT, dg, None if d_state is None else d_state * scale)
     return [
         _reduced(grad, axis, like) if grad is not None and like is not None and wanted else q.new_empty(0)
@@ -148,16 +147,7 @@ def _backward(ctx: Any, do: Tensor | None, d_final: Tensor | None, *_: Any) -> t
 delta_rule_op.register_autograd(_backward, setup_context=_setup)
 
 
-class DeltaRule(torch.autograd.Function):
-    """The same, without the operators' dispatch, which takes as long as the kernels: for calls that nothing traces."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:  # type: ignore[override]
-        o, final, kept = forward(*inputs)
-        _setup(ctx, inputs, (o, final, kept))
-        return o, final, *kept
-
-    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+DeltaRule = eager("DeltaRule", forward, _setup, _backward)
 
 
 def delta_rule(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -177,15 +167,6 @@ def _operands(
         log_decay = None if log_decay is None else expand_heads(log_decay, total)
         state = None if state is None else state.repeat_interleave(total // heads, 1)
     return by_rows(k), by_rows(v), beta, log_decay, None if state is None else state.float().contiguous()
-
-
-def _first_of_group(x: Tensor, total: int) -> Tensor:
-    """x ``[sequences, heads, …]`` at the first of each group of `total` heads, zero at the others."""
-    if x.shape[1] == total:
-        return x.contiguous()
-    out = x.new_zeros(x.shape[0], total, *x.shape[2:])
-    out[:, :: total // x.shape[1]] = x
-    return out
 
 
 def _reduced(grad: Tensor, axis: int, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.ops.common import CHUNK, cdiv, padded
 from subquad.ops.delta import kernels
-from subquad.ops.launch import INTERPRETED, choose, config, launcher
+from subquad.ops.launch import INTERPRETED, bits_of, choose, config, launcher
 from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots
 
 
@@ -36,7 +36,7 @@ def inverse(k: Tensor, beta: Tensor, decay: Decays, cu: Tensor | None) -> Tensor
     out = torch.empty(shape, dtype=dtype, device=k.device)
     if out.numel() == 0 or k.shape[1] == 0:
         return out
-    row = config("inverse", width, 16 if k.dtype == torch.bfloat16 else 32, _family(decay), few=False)
+    row = config("inverse", width, bits_of(k.dtype), decay.family, few=False)
     launcher(
         kernels.inverse_kernel, H=heads, GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK, DECAY=decay.values is not None,
         PACKED=cu is not None, WIDE=k.dtype == torch.float16,
@@ -91,8 +91,7 @@ def _common(
 ) -> tuple[dict[str, Any], int, int]:
     """Constants and options of both solves, the tiles of the columns, and the sequences."""
     heads, width, sequences = beta.shape[2], q.shape[-1], count_sequences(q, cu)
-    bits, family = 16 if q.dtype == torch.bfloat16 else 32, _family(decay)
-    row, _ = choose(name, width, columns, bits, q.device, family, sequences * heads, 1)
+    row, _ = choose(name, width, columns, bits_of(q.dtype), q.device, decay.family, sequences * heads, 1)
     tile = min(row.columns, padded(columns))
     common = {
         "H": heads, "GQ": heads // q.shape[2], "GK": heads // k.shape[2], "D": width, "V": columns, "BD": padded(width), "BV": tile,
@@ -111,7 +110,3 @@ def _last(wanted: bool, start: Tensor | None, scale: float, q: Tensor, heads: in
     if q.shape[1] == 0:
         return out.zero_() if start is None else out.copy_(start * scale)
     return out
-
-
-def _family(decay: Decays) -> str:
-    return "none" if decay.values is None else "scalar"

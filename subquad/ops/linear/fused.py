@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from subquad.ops.common import reduce_heads, traced
+from subquad.ops.common import eager, reduce_heads, traced
 from subquad.ops.launch import INTERPRETED
 from subquad.ops.linear.channel import Weighed, pairs, pairs_backward, unweigh, weigh, weighed_like
 from subquad.ops.linear.launch import by_rows, gate_gradient, linear_pass, prepare
@@ -116,7 +115,7 @@ def backward(
             dk, k_dots = done.o, done.dots
         if q_dots is not None and k_dots is not None:
             ends = None if d_final is None else (d_final * final).sum((-2, -1))
-            dg = gate_gradient(q_dots, k_dots, ends, cu_seqlens, heads, torch.float32)
+            dg = gate_gradient(q_dots, k_dots, ends, cu_seqlens, heads)
     if need_v or need_state:
         done = linear_pass(queries, sources, do, decay, start=d_final, final=need_state, dtype=q.dtype, **back)
         dv = done.o
@@ -167,16 +166,7 @@ def _backward(ctx: Any, do: Tensor | None, d_final: Tensor | None, *_: Any) -> t
 linear_attention_op.register_autograd(_backward, setup_context=_setup)
 
 
-class LinearAttention(torch.autograd.Function):
-    """The same, without the operators' dispatch, which takes as long as the kernels: for calls that nothing traces."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:  # type: ignore[override]
-        o, final, kept = forward(*inputs)
-        _setup(ctx, inputs, (o, final, kept))
-        return o, final, *kept
-
-    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+LinearAttention = eager("LinearAttention", forward, _setup, _backward)
 
 
 def linear_attention(*inputs: Any) -> tuple[Tensor, Tensor]:

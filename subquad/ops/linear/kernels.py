@@ -28,7 +28,7 @@ from subquad.ops.triton_blocks import (
     store_tile,
 )
 
-NONE, TOKEN, CHANNEL, COLUMN = (tl.constexpr(i) for i in range(4))
+TOKEN, CHANNEL, COLUMN = (tl.constexpr(i) for i in (1, 2, 3))  # what DECAY is per; 0 is none
 
 
 @triton.jit(do_not_specialize=["N", "sequences"])

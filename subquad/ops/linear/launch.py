@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.common import CHUNK, cdiv, padded, power_of_two
-from subquad.ops.launch import Config, Launcher, choose, launcher
+from subquad.ops.launch import Config, Launcher, bits_of, choose, launcher
 from subquad.ops.linear import kernels
 
 SAFE = -100.0  # log2 of what a chunk may decay by, for its pairs to be weighed by products
@@ -22,6 +22,11 @@ class Decays(NamedTuple):
     values: Tensor | None = None
     risky: Tensor | None = None
     both: bool = True  # per token: pairs may be weighed by products where a sequence is not risky
+
+    @property
+    def family(self) -> str:
+        """As the table of launch parameters names it."""
+        return "scalar" if self.kind == "token" else self.kind
 
 
 class Passed(NamedTuple):
@@ -82,12 +87,10 @@ def linear_pass(
     """One pass, see `kernels.pass_kernel`. `dots` asks for the row sums of the output times x, `split` for a state read in full."""
     batch, tokens, _, width = a.shape
     columns = c.shape[-1]
-    sequences = batch if cu is None else cu.shape[0] - 1
+    sequences = count_sequences(a, cu)
     device = a.device
     kind = {"none": 0, "token": 1, "channel": 3 if column else 2}[decay.kind]
-    family = "scalar" if decay.kind == "token" else decay.kind
-    bits = 16 if a.dtype == torch.bfloat16 else 32  # float16 is computed as float32
-    rows, segments = choose("pass", width, columns, bits, device, family, sequences * heads, cdiv(tokens, CHUNK))
+    rows, segments = choose("pass", width, columns, bits_of(a.dtype), device, decay.family, sequences * heads, cdiv(tokens, CHUNK))
     tiles = cdiv(columns, min(rows.columns, padded(columns)))
 
     start = None if start is None else start.contiguous()
@@ -97,7 +100,7 @@ def linear_pass(
     last = torch.empty(sequences, state_heads, width, columns, dtype=torch.float32, device=device) if final else None
     if tokens == 0 or sequences == 0 or batch == 0:
         if last is not None:
-            last.zero_() if start is None else last.copy_(_spread(start, heads, once) * start_scale)
+            last.zero_() if start is None else last.copy_((first_of_group(start, heads) if once else start) * start_scale)
         return Passed(o, last, None if sums is None else sums.zero_())
     per = 1 if decay.values is None else decay.values.shape[1]
 
@@ -149,12 +152,12 @@ def _launcher(
     )  # fmt: skip
 
 
-def gate_gradient(dq: Tensor, dk: Tensor, at_end: Tensor | None, cu: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
+def gate_gradient(dq: Tensor, dk: Tensor, at_end: Tensor | None, cu: Tensor | None, heads: int) -> Tensor:
     """ġ ``[B, N, Hs]`` from the row sums of two passes, ``[B, H, tiles, N]``, and what the final state adds ``[sequences, Hs]``."""
     batch, total, tiles_q, tokens = dq.shape
     rows_q, rows_k = (total // heads) * tiles_q, (dk.shape[1] // heads) * dk.shape[2]
-    dg = torch.empty(batch, tokens, heads, dtype=dtype, device=dq.device)
-    sequences = batch if cu is None else cu.shape[0] - 1
+    dg = torch.empty(batch, tokens, heads, device=dq.device)
+    sequences = count_sequences(dq, cu)
     if dg.numel():
         powers = [power_of_two(r) for r in (rows_q, rows_k)]
         launcher(
@@ -194,11 +197,10 @@ def strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
-def _spread(state: Tensor, heads: int, once: bool) -> Tensor:
-    """A start of groups as what each head ends with when there are no tokens."""
-    group = heads // state.shape[1]
-    if not once or group == 1:
-        return state
-    out = state.new_zeros(state.shape[0], heads, *state.shape[2:])
-    out[:, ::group] = state
+def first_of_group(x: Tensor, heads: int) -> Tensor:
+    """x ``[sequences, groups, …]`` at the first of each group of `heads` heads, zero at the others."""
+    if x.shape[1] == heads:
+        return x.contiguous()
+    out = x.new_zeros(x.shape[0], heads, *x.shape[2:])
+    out[:, :: heads // x.shape[1]] = x
     return out

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 CHUNK = 64  # tokens in a chunk: the fastest of 32, 64, 128 on CPU, and the tile that GPUs prefer
 CPU_ROWS = 4096  # rows of a tile worked on at once: keeps temporaries in the cache
@@ -69,19 +68,6 @@ def kernels_serve(x: Tensor, *widths: int) -> bool:
 def traced(x: Tensor) -> bool:
     """Whether a call is being traced (compiled, exported, run on fake tensors), so that it must be an operator."""
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
-
-
-def eager(name: str, forward: Any, setup: Any, backward: Any) -> Any:
-    """An operator as an autograd Function, without the dispatch of operators, which takes as long as the kernels: for calls that
-    nothing traces. `forward` gives o, the final state and a list of what is kept; `setup` and `backward` are the operator's."""
-
-    def run(ctx: Any, *inputs: Any) -> Any:
-        o, final, kept = forward(*inputs)
-        setup(ctx, inputs, (o, final, kept))
-        return o, final, *kept
-
-    methods = {"forward": staticmethod(run), "backward": staticmethod(once_differentiable(backward))}
-    return type(name, (torch.autograd.Function,), methods)
 
 
 def cdiv(n: int, by: int) -> int:

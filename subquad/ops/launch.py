@@ -2,55 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 from subquad.ops.common import cdiv, padded
 
 INTERPRETED = triton.knobs.runtime.interpret  # on CPU, where bfloat16 products do not exist
-
-
-class Launcher:
-    """Launches one Triton kernel with one set of constants.
-
-    Triton binds and specialises every argument anew at each launch, which takes longer than some of the kernels. Here the
-    compiled kernel is remembered by what Triton specialises on: dtypes, alignment, and integers that are 1 or multiples of 16.
-    """
-
-    def __init__(self, kernel: Any, constants: dict[str, Any], **options: int) -> None:
-        self.kernel, self.constants, self.options = kernel, constants, options
-        self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
-        self.known: dict[Any, Any] = {}
-
-    def __call__(
-        self, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], strides: tuple[int, ...], plain: tuple[Any, ...]
-    ) -> None:
-        """Arguments in order: tensors (None where there is none, but the first), strides (specialised), plain numbers (not), constants."""
-        assert tensors[0] is not None
-        if tensors[0].is_cuda and tensors[0].device.index != torch.cuda.current_device():
-            with torch.cuda.device(tensors[0].device):
-                return self(grid, tensors, strides, plain)
-        key = (
-            tensors[0].device,
-            tuple([None if x is None else (x.dtype, x.data_ptr() & 15) for x in tensors]),
-            tuple([(x & 15 == 0, x == 1, x >> 31) for x in strides]),
-            tuple([x >> 31 if type(x) is int else float for x in plain]),
-        )
-        compiled = self.known.get(key)
-        if compiled is None:
-            self.known[key] = self.kernel[grid](*tensors, *strides, *plain, **self.constants, **self.options)
-        else:
-            compiled[grid](*tensors, *strides, *plain, *self.values)
-
-
-@cache
-def launcher(kernel: Any, *, num_warps: int, num_stages: int = 1, **constants: Any) -> Launcher:
-    """The launcher of a kernel with these constants."""
-    return Launcher(kernel, constants, num_warps=num_warps, num_stages=num_stages)
 
 
 class Config(NamedTuple):
@@ -67,8 +28,9 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# (kernel, padded head dim, bits, decay) -> parameters when there are many programs, and when there are few. Those for few with a
-# decay, and the delta kernels' for few and at 64, are estimates: `subquad tune` measures them.
+# (kernel, padded head dim, bits, decay) -> parameters when there are many programs, and when there are few; a "heavy"
+# pass also reads the state in two parts, or adds to its output. Those for few with a decay, and the delta kernels' for few and at 64, are estimates:
+# `subquad tune` measures them.
 TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("pass", 64, 16, "none"): (Config(64, 4, 4), Config(16, 4, 4)),
     ("pass", 64, 16, "scalar"): (Config(64, 4, 3), Config(64, 4, 3)),
@@ -76,6 +38,12 @@ TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("pass", 128, 16, "none"): (Config(64, 4, 4), Config(32, 4, 4)),
     ("pass", 128, 16, "scalar"): (Config(64, 4, 2), Config(64, 4, 2)),  # few: cut into segments
     ("pass", 128, 16, "channel"): (Config(64, 4, 2), Config(64, 4, 2)),
+    ("heavy", 64, 16, "none"): (Config(64, 4, 4), Config(16, 4, 4)),
+    ("heavy", 64, 16, "scalar"): (Config(64, 4, 3), Config(64, 4, 3)),
+    ("heavy", 64, 16, "channel"): (Config(64, 4, 3), Config(64, 4, 3)),
+    ("heavy", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 3)),
+    ("heavy", 128, 16, "scalar"): (Config(64, 4, 2), Config(64, 4, 2)),
+    ("heavy", 128, 16, "channel"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("inverse", 64, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),
     ("inverse", 64, 16, "scalar"): (Config(64, 2, 1), Config(64, 2, 1)),
     ("inverse", 128, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),
@@ -84,8 +52,8 @@ TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("solve", 64, 16, "scalar"): (Config(64, 4, 3), Config(16, 4, 3)),
     ("solve", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 3)),
     ("solve", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
-    ("mirror", 64, 16, "none"): (Config(64, 4, 3), Config(16, 4, 3)),
-    ("mirror", 64, 16, "scalar"): (Config(64, 4, 3), Config(16, 4, 3)),
+    ("mirror", 64, 16, "none"): (Config(64, 4, 1), Config(16, 4, 3)),
+    ("mirror", 64, 16, "scalar"): (Config(64, 4, 1), Config(16, 4, 3)),
     ("mirror", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 3)),
     ("mirror", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
 }
@@ -122,7 +90,7 @@ def choose(
     many, few = (config(kernel, width, bits, decay, few=few) for few in (False, True))
     if programs * cdiv(columns, many.columns) >= 1.5 * slots:
         return many, 1
-    if kernel != "pass" or programs * cdiv(columns, few.columns) >= 0.75 * slots or chunks < 2 * SEGMENT:
+    if kernel not in ("pass", "heavy") or programs * cdiv(columns, few.columns) >= 0.75 * slots or chunks < 2 * SEGMENT:
         return few, 1
     return many, max(1, min(chunks // SEGMENT, 2 * slots // (programs * cdiv(columns, many.columns))))
 
@@ -167,8 +135,6 @@ def read_rows(path: str, argument: str) -> dict[tuple[str, int, int, str], tuple
 
 def _from_environment() -> None:
     """Rows for this machine instead of the table's, where SUBQUAD_LAUNCH names a file."""
-    import os
-
     if path := os.environ.get("SUBQUAD_LAUNCH"):
         use(read_rows(path, "SUBQUAD_LAUNCH"))
 

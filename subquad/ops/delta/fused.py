@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.ops.common import eager, expand_heads, traced
+from subquad.ops.common import expand_heads, traced
 from subquad.ops.delta.launch import inverse, inverse_shape, mirror, solve
 from subquad.ops.launch import INTERPRETED
+from subquad.ops.launcher import eager
 from subquad.ops.linear.launch import by_rows, first_of_group, gate_gradient, linear_pass, prepare
 
 
@@ -147,13 +148,13 @@ def _backward(ctx: Any, do: Tensor | None, d_final: Tensor | None, *_: Any) -> t
 delta_rule_op.register_autograd(_backward, setup_context=_setup)
 
 
-DeltaRule = eager("DeltaRule", forward, _setup, _backward)
+_eager = eager("DeltaRule", forward, _setup, _backward)
 
 
 def delta_rule(*inputs: Any) -> tuple[Tensor, Tensor]:
     """o and the final state of `forward` without `save`, as a differentiable call or, while something traces, as an operator."""
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:6] if x is not None)
-    run = torch.ops.subquad.delta_rule if traced(inputs[0]) else DeltaRule.apply
+    run = torch.ops.subquad.delta_rule if traced(inputs[0]) else _eager
     o, final, *_ = run(*inputs, save)
     return o, final
 

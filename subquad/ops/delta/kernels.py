@@ -213,7 +213,10 @@ def solve_kernel(
             source = (u * leave if DECAY else u).to(MT)
             out = tl.dot(tq, read, input_precision=IP)
             scores = tl.dot(tq, tl.trans(tk), input_precision=IP)
-            S = tl.dot(tl.trans(tk), source, S, input_precision=IP)
+            if DECAY and FINAL and tl.bfloat16 == MT:  # as in the pass with LEFT
+                S = tl.dot(tl.trans((tk * leave).to(MT)), u.to(MT), S, input_precision=IP)
+            else:
+                S = tl.dot(tl.trans(tk), source, S, input_precision=IP)
             if DECAY and EXACT:
                 out = tl.dot((scores * pair_weights(p, keep)).to(MT), u.to(MT), out * enter, input_precision=IP)
             else:

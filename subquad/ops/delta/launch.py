@@ -9,7 +9,8 @@ from torch import Tensor
 
 from subquad.ops.common import CHUNK, cdiv, padded
 from subquad.ops.delta import kernels
-from subquad.ops.launch import INTERPRETED, bits_of, choose, config, launcher
+from subquad.ops.launch import INTERPRETED, bits_of, choose, config
+from subquad.ops.launcher import launcher
 from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots
 
 

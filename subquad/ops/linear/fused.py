@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.ops.common import eager, reduce_heads, traced
+from subquad.ops.common import reduce_heads, traced
 from subquad.ops.launch import INTERPRETED
+from subquad.ops.launcher import eager
 from subquad.ops.linear.channel import Weighed, pairs, pairs_backward, unweigh, weigh, weighed_like
 from subquad.ops.linear.launch import by_rows, gate_gradient, linear_pass, prepare
 
@@ -39,6 +40,7 @@ def forward(
     total = max(q.shape[2], heads)
     same: dict[str, Any] = {
         "cu": cu_seqlens, "heads": total, "dtype": dtype, "scale": scale, "start": state, "group": total // heads, "final": keep,
+        "left": keep,
     }  # fmt: skip
     if log_decay is not None and log_decay.dim() == 4:
         weighed = weigh(q, k, log_decay, cu_seqlens, total, heads)
@@ -166,11 +168,11 @@ def _backward(ctx: Any, do: Tensor | None, d_final: Tensor | None, *_: Any) -> t
 linear_attention_op.register_autograd(_backward, setup_context=_setup)
 
 
-LinearAttention = eager("LinearAttention", forward, _setup, _backward)
+_eager = eager("LinearAttention", forward, _setup, _backward)
 
 
 def linear_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
     """o and the final state of `forward`, as a differentiable call or, while something traces, as an operator."""
-    run = torch.ops.subquad.linear_attention if traced(inputs[0]) else LinearAttention.apply
+    run = torch.ops.subquad.linear_attention if traced(inputs[0]) else _eager
     o, final, *_ = run(*inputs)
     return o, final

@@ -87,7 +87,7 @@ def pass_kernel(
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
     ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, BOTH: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, START: tl.constexpr,
-    FINAL: tl.constexpr, OUT: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
+    FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
     PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One pass over one segment of one sequence, for one head and one tile of columns.
@@ -100,6 +100,8 @@ def pass_kernel(
             Without BOTH all sequences are served as risky ones.
         start, final: states ``[sequences, heads, segments, D, V]`` before and after. Heads of a group of GS share one; with
             ONCE, as for gradients, the start enters the first of a group, and each head has its own final.
+        LEFT: per token, weigh and round b, not c, where they enter the state, as the row sums of the backward do: what a final
+            state adds to the decays' gradient then cancels with them.
         dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x, without `add`.
         totals: without OUT, the decay over the segment, as log2 ``[sequences, H, segments, 1, D or V]``.
         SPLIT: read the state in two parts of MT, as the gradient of decays needs: between q·q̇ and k·k̇ much cancels, and
@@ -177,6 +179,8 @@ def pass_kernel(
                 ta = load_tile(a + at * sa_n, sa_n, rows, left, ds, D, BD).to(MT)
             if DOT:
                 tx = load_tile(x + at * sx_n, sx_n, rows, left, vs, V, VP)
+            if ADD:
+                added = load_tile(add + at * (H * V), H * V, rows, left, vs, V, VP)
 
             # weights: p reads the state before, total − p enters the state after, total carries the state over the chunk
             p, kept, source = rows, seen, tc
@@ -192,7 +196,8 @@ def pass_kernel(
             full = S
             if DECAY == TOKEN:
                 p = total - p if REVERSE else p
-                source = (tc * tl.exp2((total - p).to(tl.float32))[:, None]).to(MT)
+                enters = tl.exp2((total - p).to(tl.float32))[:, None]
+                source = (tc * enters).to(MT)
                 row = tl.exp2((p if EXACT else p - total).to(tl.float32))[:, None]
                 S *= tl.exp2(total.to(tl.float32))
                 full = full if EXACT else S
@@ -208,7 +213,10 @@ def pass_kernel(
             if OUT:
                 scores = tl.dot(ta, tl.trans(tb), input_precision=IP)
                 acc = read_state(ta, read, rest, SPLIT, IP)
-            S = tl.dot(tl.trans(tb), source, S, input_precision=IP)
+            if DECAY == TOKEN and LEFT:
+                S = tl.dot(tl.trans((tb * enters).to(MT)), tc, S, input_precision=IP)
+            else:
+                S = tl.dot(tl.trans(tb), source, S, input_precision=IP)
             if DOT:
                 tx = tx.to(tl.float32)
                 if EXACT:
@@ -228,7 +236,7 @@ def pass_kernel(
             if OUT:
                 acc *= row * scale if DECAY == TOKEN and not EXACT else scale
                 if ADD:
-                    acc += load_tile(add + at * (H * V), H * V, rows, left, vs, V, VP).to(tl.float32)
+                    acc += added.to(tl.float32)
                 store_tile(o + at * (H * V), H * V, rows, left, vs, V, VP, acc)
             elif DECAY:
                 passed += p if DECAY >= CHANNEL else total

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from subquad.ops.common import CHUNK, cdiv, padded, power_of_two
-from subquad.ops.launch import Config, Launcher, bits_of, choose, launcher
+from subquad.ops.launch import Config, bits_of, choose
+from subquad.ops.launcher import Launcher, launcher
 from subquad.ops.linear import kernels
 
 SAFE = -100.0  # log2 of what a chunk may decay by, for its pairs to be weighed by products
@@ -78,19 +79,23 @@ def linear_pass(
     group: int = 1,
     once: bool = False,
     final: bool = False,
+    left: bool = False,
     split: bool = False,
     x: Tensor | None = None,
     dots: bool = False,
     strict: bool = False,
     add: Tensor | None = None,
 ) -> Passed:
-    """One pass, see `kernels.pass_kernel`. `dots` asks for the row sums of the output times x, `split` for a state read in full."""
+    """One pass, see `kernels.pass_kernel`. `left` weighs b where it enters the state, `split` reads the state in full, and `dots`
+    asks for the row sums of the output times x."""
     batch, tokens, _, width = a.shape
     columns = c.shape[-1]
     sequences = count_sequences(a, cu)
+    x = x if dots else None
     device = a.device
     kind = {"none": 0, "token": 1, "channel": 3 if column else 2}[decay.kind]
-    rows, segments = choose("pass", width, columns, bits_of(a.dtype), device, decay.family, sequences * heads, cdiv(tokens, CHUNK))
+    kernel = "heavy" if dots or split or add is not None else "pass"
+    rows, segments = choose(kernel, width, columns, bits_of(a.dtype), device, decay.family, sequences * heads, cdiv(tokens, CHUNK))
     tiles = cdiv(columns, min(rows.columns, padded(columns)))
 
     start = None if start is None else start.contiguous()
@@ -108,7 +113,7 @@ def linear_pass(
         groups = _group(a, n_heads), _group(b, n_heads), _group(c, n_heads), _group(c if x is None else x, n_heads)
         launch = _launcher(
             rows, width, columns, a.dtype, kind, decay.both, reverse, strict, cu is not None, n_heads, groups, max(1, n_heads // per),
-            grouped, once and segments == 1, before is not None, after is not None, out, out and add is not None, out and dots,
+            grouped, once and segments == 1, before is not None, after is not None, left, out, out and add is not None, out and dots,
             out and (split or dots),
         )  # fmt: skip
         launch(
@@ -140,14 +145,15 @@ def linear_pass(
 @cache
 def _launcher(
     rows: Config, width: int, columns: int, dtype: torch.dtype, kind: int, both: bool, reverse: bool, strict: bool, packed: bool,
-    heads: int, groups: tuple[int, int, int, int], per: int, grouped: int, once: bool, start: bool, final: bool, out: bool,
-    add: bool, dots: bool, split: bool,
+    heads: int, groups: tuple[int, int, int, int], per: int, grouped: int, once: bool, start: bool, final: bool, left: bool,
+    out: bool, add: bool, dots: bool, split: bool,
 ) -> Launcher:  # fmt: skip
     """The pass kernel with its constants; found again by position, which is faster than by name."""
     return launcher(
         kernels.pass_kernel, H=heads, GA=groups[0], GB=groups[1], GC=groups[2], GX=groups[3], GP=per, GS=grouped, ONCE=once, D=width,
         V=columns, BD=padded(width), BV=min(rows.columns, padded(columns)), C=CHUNK, DECAY=kind, BOTH=both, REVERSE=reverse,
-        STRICT=strict, START=start, FINAL=final, OUT=out, ADD=add, DOT=dots, SPLIT=split and dtype == torch.bfloat16, PACKED=packed,
+        STRICT=strict, START=start, FINAL=final, LEFT=left and dtype == torch.bfloat16, OUT=out, ADD=add, DOT=dots,
+        SPLIT=split and dtype == torch.bfloat16, PACKED=packed,
         WIDE=dtype == torch.float16, IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,
     )  # fmt: skip
 

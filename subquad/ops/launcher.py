@@ -1,0 +1,186 @@
+"""Launches of Triton kernels with little work on the host, and first launches whose kernels are compiled side by side."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton import knobs
+from triton.runtime import driver
+
+from subquad.ops.launch import INTERPRETED
+
+Result = TypeVar("Result")
+
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # without the checks of the public one
+
+
+class _Thread(threading.local):
+    jobs: list[tuple[Launcher, Any, tuple[Any, ...]]] | None = None  # kernels that a rehearsal found missing
+    strict = False  # raise `Missing` rather than compile
+    grad = False  # whether a call is to be differentiated
+
+
+_thread = _Thread()
+
+
+def _watched() -> bool:
+    """Whether a profiler of Triton's wants to hear of launches."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+class Missing(Exception):
+    """A kernel is not compiled yet."""
+
+
+class Launcher:
+    """Launches one Triton kernel with one set of constants.
+
+    Triton binds and specialises every argument anew at each launch, which takes longer than some of the kernels. Here the
+    compiled kernel is remembered by what Triton specialises on: dtypes, alignment, and integers that are 1 or multiples of 16.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], **options: int) -> None:
+        self.kernel, self.constants, self.options = kernel, constants, options
+        self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.known: dict[Any, Any] = {}
+        self.coming: dict[Any, Future[None]] = {}  # being compiled in threads
+
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], strides: tuple[int, ...], plain: tuple[Any, ...]
+    ) -> None:
+        """Arguments in order: tensors (None where there is none, but the first), strides (specialised), plain numbers (not), constants."""
+        assert tensors[0] is not None
+        device = tensors[0].device
+        if device.type == "cuda" and device.index != _current_device():
+            with torch.cuda.device(device):
+                return self(grid, tensors, strides, plain)
+        key = (
+            device,
+            tuple([None if x is None else (x.dtype, x.data_ptr() & 15) for x in tensors]),
+            tuple([(x & 15 == 0, x == 1, x >> 31) for x in strides]),
+            tuple([x >> 31 if type(x) is int else float for x in plain]),
+        )
+        found = self.known.get(key)
+        if found is None or _thread.jobs is not None or _watched():
+            return self._first(key, grid, tensors, strides, plain)
+        run, function, packed = found
+        stream = driver.active.get_current_stream(device.index)
+        run(*grid, stream, function, packed, None, None, None, *tensors, *strides, *plain, *self.values)
+
+    def _first(self, key: Any, grid: Any, tensors: tuple[Tensor | None, ...], strides: tuple[int, ...], plain: tuple[Any, ...]) -> None:
+        """A launch that is rehearsed, watched by a profiler's hooks, or the first of its kind, which compiles."""
+        if _thread.jobs is not None:
+            if key not in self.known and key not in self.coming:
+                # a dtype stands for an aligned tensor, so that none is kept for as long as the compiler takes
+                like = [x if x is None or x.data_ptr() & 15 else x.dtype for x in tensors]
+                _thread.jobs.append((self, key, (*like, *strides, *plain)))
+            return
+        coming = self.coming.pop(key, None)
+        if coming is not None:
+            coming.result()
+        elif key not in self.known and _thread.strict:
+            raise Missing
+        compiled = self.kernel[grid](*tensors, *strides, *plain, **self.constants, **self.options)
+        if compiled is not None:  # the interpreter has none
+            self.known[key] = compiled.run, compiled.function, compiled.packed_metadata
+
+    def compile(self, device: torch.device, arguments: tuple[Any, ...]) -> None:
+        """Compile and load for arguments like these, without a launch."""
+        with torch.cuda.device(device):
+            compiled = self.kernel.warmup(*arguments, grid=(1, 1, 1), **self.constants, **self.options)
+            _ = compiled.run  # makes and loads what launches it
+
+
+def rehearse(call: Callable[[], Any]) -> None:
+    """Have all kernels that a call would launch compiled side by side in threads: the call runs without launching any.
+
+    Returns at once; a launch waits for its own kernel. Compiled one after another where there is no memory for the rehearsal.
+    """
+    _thread.jobs = []
+    try:
+        call()
+        jobs = _thread.jobs
+    except torch.OutOfMemoryError:
+        return
+    finally:
+        _thread.jobs = None
+    if jobs:
+        pool = ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1), thread_name_prefix="subquad-compile")
+        for self, key, arguments in jobs:
+            self.coming[key] = pool.submit(self.compile, key[0], arguments)
+        pool.shutdown(wait=False)
+
+
+def prepared(call: Callable[[], Result], rehearsal: Callable[[], Any]) -> Result:
+    """The call's result; where kernels are missing, it starts anew after `rehearsal` has been rehearsed."""
+    if INTERPRETED:
+        return call()
+    _thread.strict = True
+    try:
+        return call()
+    except Missing:
+        pass
+    finally:
+        _thread.strict = False
+    rehearse(rehearsal)
+    return call()
+
+
+@cache
+def launcher(kernel: Any, *, num_warps: int, num_stages: int = 1, **constants: Any) -> Launcher:
+    """The launcher of a kernel with these constants."""
+    return Launcher(kernel, constants, num_warps=num_warps, num_stages=num_stages)
+
+
+class _Context(SimpleNamespace):
+    """Stands for an autograd context while a backward is rehearsed."""
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *_: Any) -> None: ...
+
+    def set_materialize_grads(self, _: bool) -> None: ...
+
+
+def eager(name: str, forward: Any, setup: Any, backward: Any) -> Any:
+    """An operator as a call of an autograd Function, without the dispatch of operators, which takes as long as the kernels: for
+    calls that nothing traces. `forward` gives o, the final state and a list of what is kept; `setup` and `backward` are the operator's.
+
+    Where kernels are missing, those of the forward and of the backward are compiled side by side.
+    """
+
+    def run(ctx: Any, *inputs: Any) -> Any:
+        def rehearsal() -> None:
+            o, final, kept = forward(*inputs)
+            if _thread.grad:
+                stand_in = _Context(needs_input_grad=ctx.needs_input_grad)
+                setup(stand_in, inputs, (o, final, kept))
+                backward(stand_in, o, None)
+
+        o, final, kept = prepared(lambda: forward(*inputs), rehearsal)
+        setup(ctx, inputs, (o, final, kept))
+        return o, final, *kept
+
+    def run_back(ctx: Any, *grads: Any) -> Any:
+        call = partial(backward, ctx, *grads)
+        return prepared(call, call)
+
+    methods = {"forward": staticmethod(run), "backward": staticmethod(once_differentiable(run_back))}
+    function = type(name, (torch.autograd.Function,), methods)
+
+    def call(*inputs: Any) -> Any:
+        _thread.grad = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        return function.apply(*inputs)
+
+    return call

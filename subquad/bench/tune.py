@@ -4,7 +4,7 @@ Each kernel is tried with a few sizes of tile, warps and stages, where programs 
 are compiled in processes side by side, as that takes longest. One counts only if it gives the numbers of the plainest
 parameters, which come first, and if `choose` would take it at the shape it was timed at. For a pass of few programs the row
 for many is a candidate too: `choose` then cuts the sequences into segments. A row stays unless another is 2% faster. "pass"
-is timed as the whole linear operator, forward and backward; the other kernels one call each.
+is timed as the whole linear operator, forward and backward, "heavy" in both directions; the other kernels one call each.
 """
 
 from __future__ import annotations
@@ -28,21 +28,25 @@ from subquad.ops import launch
 from subquad.ops.common import CHUNK
 from subquad.ops.delta.launch import inverse, inverse_shape, mirror, solve
 from subquad.ops.launch import Config
-from subquad.ops.linear import fused
-from subquad.ops.linear.launch import prepare
+from subquad.ops.linear import channel, fused
+from subquad.ops.linear.launch import linear_pass, prepare
 
 Shape = tuple[int, int, int, int]  # batch, tokens, heads, head dim
 Results = dict[str, Tensor]
 
-KERNELS = {"pass": ("channel", "scalar", "none"), **dict.fromkeys(("mirror", "solve", "inverse"), ("scalar", "none"))}  # slowest first
+KERNELS = {  # slowest first
+    **dict.fromkeys(("pass", "heavy"), ("channel", "scalar", "none")),
+    **dict.fromkeys(("mirror", "solve", "inverse"), ("scalar", "none")),
+}
+CUTTABLE = "pass", "heavy"
 MANY = {
-    "pass": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (128, 8, 2), (128, 8, 3)],
+    **{kernel: [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (128, 8, 2), (128, 8, 3)] for kernel in CUTTABLE},
     "mirror": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (128, 8, 1), (128, 8, 2)],
     "solve": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (128, 8, 1), (128, 8, 2)],
     "inverse": [(64, 1, 1), (64, 2, 1), (64, 4, 1)],
 }
 FEW = {
-    "pass": [(32, 4, 2), (32, 4, 3), (32, 4, 4), (16, 4, 4)],
+    **{kernel: [(32, 4, 2), (32, 4, 3), (32, 4, 4), (16, 4, 4)] for kernel in CUTTABLE},
     **{kernel: [(32, 4, 2), (32, 4, 3), (16, 4, 3), (16, 4, 4)] for kernel in ("mirror", "solve")},
 }
 CUT = [(64, 4, 2), (64, 4, 3)]  # likely best of many: compiled for sequences cut into segments as well
@@ -121,7 +125,7 @@ def shape(case: Case, regime: str, device: str) -> Shape:
 
 def regimes(case: Case, quick: bool) -> list[str]:
     """The inverse has a program a chunk, and so always many."""
-    return ["many"] if case.kernel == "inverse" or (quick and case.kernel != "pass") else ["many", "few"]
+    return ["many"] if case.kernel == "inverse" or (quick and case.kernel not in CUTTABLE) else ["many", "few"]
 
 
 def operation(case: Case, size: Shape, dtype: torch.dtype, device: str) -> Callable[[], dict[str, Any]]:
@@ -140,7 +144,19 @@ def operation(case: Case, size: Shape, dtype: torch.dtype, device: str) -> Calla
             return {"o": o, **dict(zip("qkvg", fused.backward(do, None, q, k, v, g, None, None, final, kept, scale, need)))}
 
         return both
-    decay = prepare(g, q, None)
+    weighed = channel.weigh(q, k, g, None, heads, heads) if g is not None and case.decay == "channel" else None
+    decay = prepare(g, q, None) if weighed is None else weighed.decay
+    if case.kernel == "heavy":
+        how: dict[str, Any] = {"cu": None, "heads": heads, "dtype": dtype, "dots": case.decay == "scalar", "split": case.decay != "none"}
+        extra = q if case.decay == "none" else None
+        key = k if weighed is None else weighed.k
+
+        def gradients() -> dict[str, Any]:
+            ahead = linear_pass(do, v, key, decay, x=q, column=True, add=extra, **how)
+            back = linear_pass(v, do, q, decay, x=k, column=True, add=extra, reverse=True, **how)
+            return {"ahead": ahead.o, "back": back.o, "dots": None if ahead.dots is None or back.dots is None else ahead.dots + back.dots}
+
+        return gradients
     beta = 0.1 * torch.rand(batch, tokens, heads, device=device)  # small: the states must stay finite with an M that fits no keys
     if case.kernel == "inverse":
         return lambda: {"M": inverse(k, beta, decay, None)}
@@ -221,7 +237,7 @@ def find(case: Case, quick: bool, dtype: torch.dtype, device: str, advance: Call
     now = {regime: current(case, regime) for regime in ("many", "few")}
     best, tried, wrong = dict(now), {}, []
     for regime in regimes(case, quick):
-        cut = case.kernel == "pass" and regime == "few"  # then equal rows for many and few are an answer, too
+        cut = case.kernel in CUTTABLE and regime == "few"  # then equal rows for many and few are an answer, too
         try:
             listed = [*candidates(case, regime), *([best["many"]] if cut else [])]
             tried[regime], bad = try_all(case, regime, list(dict.fromkeys(listed)), dtype, device)
@@ -254,7 +270,7 @@ def compile_all(cases: list[Case], quick: bool, dtype: torch.dtype, progress: bo
     """All candidates, in as many processes as there are cores."""
     jobs = [(case, config, False) for case in cases for regime in regimes(case, quick) for config in candidates(case, regime)]
     for case in cases:
-        if case.kernel == "pass":
+        if case.kernel in CUTTABLE:
             jobs += [(case, config, True) for config in (current(case, "many"), *(Config(*one) for one in CUT))]
     jobs = sorted(dict.fromkeys(jobs), key=lambda job: list(KERNELS).index(job[0].kernel))
     workers = max(1, min(os.cpu_count() or 1, 32, len(jobs)))  # each holds a context on the device

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import triton
 
 from subquad.ops.common import cdiv, padded
 
+Result = TypeVar("Result")
 INTERPRETED = triton.knobs.runtime.interpret  # on CPU, where bfloat16 products do not exist
 
 
@@ -28,15 +30,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# (kernel, padded head dim, bits, decay) -> parameters when there are many programs, and when there are few; a "heavy"
-# pass also reads the state in two parts, or adds to its output. Those for few with a decay, and the delta kernels' for few and at 64, are estimates:
-# `subquad tune` measures them.
+# (kernel, padded head dim, bits, decay) -> parameters when there are many programs, and when there are few. A "heavy" pass also reads
+# the state in two parts, or adds to its output. Rows of heavy passes and of the delta kernels for few programs are estimates.
 TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("pass", 64, 16, "none"): (Config(64, 4, 4), Config(16, 4, 4)),
     ("pass", 64, 16, "scalar"): (Config(64, 4, 3), Config(64, 4, 3)),
     ("pass", 64, 16, "channel"): (Config(64, 4, 3), Config(64, 4, 3)),
     ("pass", 128, 16, "none"): (Config(64, 4, 4), Config(32, 4, 4)),
-    ("pass", 128, 16, "scalar"): (Config(64, 4, 2), Config(64, 4, 2)),  # few: cut into segments
+    ("pass", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 4)),
     ("pass", 128, 16, "channel"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("heavy", 64, 16, "none"): (Config(64, 4, 4), Config(16, 4, 4)),
     ("heavy", 64, 16, "scalar"): (Config(64, 4, 3), Config(64, 4, 3)),
@@ -76,9 +77,16 @@ def config(kernel: str, width: int, bits: int, decay: str, few: bool) -> Config:
 
 
 SEGMENT = 16  # chunks in a segment, at least
+_remembering: list[Any] = []
 
 
-@lru_cache(4096)
+def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function with its results remembered for as long as the table stays as it is."""
+    _remembering.append(lru_cache(4096)(function))
+    return cast(Callable[..., Result], _remembering[-1])
+
+
+@remembered
 def choose(
     kernel: str, width: int, columns: int, bits: int, device: torch.device, decay: str, programs: int, chunks: int
 ) -> tuple[Config, int]:
@@ -98,7 +106,8 @@ def choose(
 def use(rows: dict[tuple[str, int, int, str], tuple[Config, Config]]) -> None:
     """Take these rows from now on, as `subquad tune` finds them."""
     TABLE.update(rows)
-    choose.cache_clear()
+    for function in _remembering:
+        function.cache_clear()
 
 
 def read_rows(path: str, argument: str) -> dict[tuple[str, int, int, str], tuple[Config, Config]]:

@@ -18,6 +18,7 @@ from triton.runtime import driver
 
 from subquad.ops.launch import INTERPRETED
 
+Grid = tuple[int, int, int]
 Result = TypeVar("Result")
 
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # without the checks of the public one
@@ -55,9 +56,7 @@ class Launcher:
         self.known: dict[Any, Any] = {}
         self.coming: dict[Any, Future[None]] = {}  # being compiled in threads
 
-    def __call__(
-        self, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], strides: tuple[int, ...], plain: tuple[Any, ...]
-    ) -> None:
+    def __call__(self, grid: Grid, tensors: tuple[Tensor | None, ...], strides: tuple[int, ...], plain: tuple[Any, ...]) -> None:
         """Arguments in order: tensors (None where there is none, but the first), strides (specialised), plain numbers (not), constants."""
         assert tensors[0] is not None
         device = tensors[0].device
@@ -177,7 +176,7 @@ def eager(name: str, forward: Any, setup: Any, backward: Any) -> Any:
         return prepared(call, call)
 
     methods = {"forward": staticmethod(run), "backward": staticmethod(once_differentiable(run_back))}
-    function = type(name, (torch.autograd.Function,), methods)
+    function: Any = type(name, (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:
         _thread.grad = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SAFE = tl.constexpr(-100.0)  # log2 of what a chunk may decay by, for its pairs to be weighed by products
 FLOOR = tl.constexpr(-256.0)  # stands for −inf: 2 to it is 0, and sums of a few keep the digits of the others
 
 
@@ -71,6 +72,16 @@ def find_chunk(cu, sequences, i, N, C: tl.constexpr, PACKED: tl.constexpr):
         first = i.to(tl.int64) * C
         left = N - first
     return i_q, first, left.to(tl.int32)
+
+
+@triton.jit
+def decays_much(P, chunks, C: tl.constexpr):
+    """Whether one of these chunks decays below 2^SAFE: P holds running sums within each."""
+    lowest = tl.zeros([128], tl.float32)
+    for i in range(0, chunks, 128):
+        j = i + tl.arange(0, 128)
+        lowest = tl.minimum(lowest, tl.load(P + j.to(tl.int64) * C + C - 1, mask=j < chunks, other=0.0).to(tl.float32))
+    return tl.min(lowest, 0) < SAFE
 
 
 @triton.jit

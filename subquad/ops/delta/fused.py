@@ -17,7 +17,7 @@ from subquad.ops.common import expand_heads, traced
 from subquad.ops.delta.launch import inverse, inverse_shape, mirror, solve
 from subquad.ops.launch import INTERPRETED
 from subquad.ops.launcher import eager
-from subquad.ops.linear.launch import by_rows, first_of_group, gate_gradient, linear_pass, prepare
+from subquad.ops.linear.launch import by_rows, first_of_group, gate_gradient, linear_pass, prepare, sums_like
 
 
 def forward(
@@ -32,7 +32,7 @@ def forward(
     keep: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The operator: o ``[B, N, H, V]``, the final state (empty unless `keep`), and with `save` x and M, which the backward reads."""
+    """The operator: o ``[B, N, H, V]``, the final state (empty unless `keep`), and with `save` x, M and sums of decays for the backward."""
     if INTERPRETED and q.dtype == torch.bfloat16:
         o, final, kept = forward(q.float(), k.float(), v.float(), beta, log_decay, state, cu_seqlens, scale, keep, save)
         return o.bfloat16(), final, kept
@@ -43,7 +43,7 @@ def forward(
     M = inverse(k, beta, decay, cu_seqlens)
     o, x, last = solve(by_rows(q), k, v, beta, M, decay, cu_seqlens, scale=scale, start=state, final=keep, save=save)
     final = q.new_empty(0, dtype=torch.float32) if last is None else last[:, :: total // heads].contiguous()
-    return o, final, [] if x is None else [x, M]
+    return o, final, [] if x is None else [x, M, *decay.kept]
 
 
 delta_rule_op = torch.library.custom_op("subquad::delta_rule", forward, mutates_args=())
@@ -56,8 +56,10 @@ def _(q: Any, k: Any, v: Any, beta: Any, log_decay: Any, state: Any, cu_seqlens:
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = q.new_empty(*q.shape[:2], total, v.shape[3])
     final = q.new_empty((sequences, heads, q.shape[3], v.shape[3]) if keep else (0,), dtype=torch.float32)
-    shape, dtype = inverse_shape(q, total, cu_seqlens)
-    return o, final, [torch.empty_like(o), q.new_empty(shape, dtype=dtype)] if save else []
+    like = [inverse_shape(q, total, cu_seqlens)]
+    if log_decay is not None:
+        like.append(sums_like(expand_heads(log_decay, total) if total != heads else log_decay, q, cu_seqlens))
+    return o, final, [torch.empty_like(o), *(q.new_empty(shape, dtype=dtype) for shape, dtype in like)] if save else []
 
 
 def backward(
@@ -83,13 +85,13 @@ def backward(
     need_q, need_k, _, _, need_decay, need_state = need
     heads = max(k.shape[2], v.shape[2])
     total = max(q.shape[2], heads)
-    given, (x, M) = (q, k, v, beta, log_decay, state), kept
+    given, (x, M, *sums) = (q, k, v, beta, log_decay, state), kept
     k, _, beta, log_decay, state = _operands(k, v[:0], beta, log_decay, state, heads, total)
     q, do, ends = by_rows(q), by_rows(do), None
     if d_final is not None:
         ends = first_of_group((d_final * final).sum((-2, -1)), total) if need_decay else None
         d_final = first_of_group(d_final, total)
-    decay = prepare(log_decay, q, cu_seqlens)
+    decay = prepare(log_decay, q, cu_seqlens, sums)
     u, w, dv, dbeta, d_state = mirror(q, k, do, beta, M, x, decay, cu_seqlens, scale=scale, start=d_final, final=need_state)
 
     same: dict[str, Any] = {"cu": cu_seqlens, "heads": total, "dtype": q.dtype, "scale": scale, "dots": need_decay}

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.triton_blocks import count_slots, find_chunk, in_two, load_tile, pair_weights, rounded, sequence, store_tile
+from subquad.ops.triton_blocks import count_slots, decays_much, find_chunk, in_two, load_tile, pair_weights, rounded, sequence, store_tile
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def inverse_kernel(
 
 @triton.jit(do_not_specialize=["N", "scale", "se_b", "se_n", "se_h"])
 def solve_kernel(
-    q, k, v, beta, M, P, risky, cu, start, o, x, final,
+    q, k, v, beta, M, P, cu, start, o, x, final,
     sq_b, sq_n, sq_h, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, se_b, se_n, se_h, N, scale,
     H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
@@ -176,7 +176,7 @@ def solve_kernel(
 
     chunks = tl.cdiv(n, C)
     # one of two loops runs: pairs weighed by products of two factors, or one by one
-    by_one = tl.load(risky + i_q * H + i_h) > 0 if BOTH else False
+    by_one = decays_much(P, chunks, C) if BOTH else False
     for EXACT in tl.static_range(1 if DECAY and not BOTH else 0, 2 if DECAY else 1):
         trips = tl.where(by_one == (EXACT == 1), chunks, 0) if BOTH else chunks
         next_b = tl.load(beta + rows * se_n, mask=rows < n, other=0.0)  # loaded a chunk ahead, as p is
@@ -233,7 +233,7 @@ def solve_kernel(
 
 @triton.jit(do_not_specialize=["N", "scale", "start_scale", "se_b", "se_n", "se_h"])
 def mirror_kernel(
-    q, k, do, beta, M, P, risky, cu, start, x, u, w, dv, dots, final,
+    q, k, do, beta, M, P, cu, start, x, u, w, dv, dots, final,
     sq_b, sq_n, sq_h, sk_b, sk_n, sk_h, sd_b, sd_n, sd_h, se_b, se_n, se_h, N, scale, start_scale,
     H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
@@ -275,7 +275,7 @@ def mirror_kernel(
         S += tl.load(start + cell, mask=inside, other=0.0) * start_scale
 
     chunks = tl.cdiv(n, C)
-    by_one = tl.load(risky + i_q * H + i_h) > 0 if BOTH else False
+    by_one = decays_much(P, chunks, C) if BOTH else False
     for EXACT in tl.static_range(1 if DECAY and not BOTH else 0, 2 if DECAY else 1):
         trips = tl.where(by_one == (EXACT == 1), chunks, 0) if BOTH else chunks
         at = ((chunks - 1) * C).to(tl.int64)

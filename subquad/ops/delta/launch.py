@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from subquad.ops.common import CHUNK, cdiv, padded
 from subquad.ops.delta import kernels
-from subquad.ops.launch import INTERPRETED, bits_of, choose, config
-from subquad.ops.launcher import launcher
+from subquad.ops.launch import INTERPRETED, bits_of, choose, config, remembered
+from subquad.ops.launcher import Grid, Launcher, launcher
 from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots
 
 
@@ -55,14 +55,13 @@ def solve(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """o ``[B, N, H, V]``, x ``[B, N, H, V]`` if `save`, and the final state ``[sequences, H, D, V]`` if `final`."""
     heads, columns = beta.shape[2], v.shape[-1]
-    common, tiles, sequences = _common("solve", q, k, columns, beta, decay, cu)
+    plan = _plan("solve", q, k, v, beta, decay, cu, start is not None, final, save)
     o = torch.empty(*q.shape[:2], heads, columns, dtype=q.dtype, device=q.device)
     x = torch.empty_like(o) if save else None
-    last = _last(final, start, 1.0, q, heads, columns, sequences)
-    if q.shape[1] and sequences:
-        launcher(kernels.solve_kernel, GV=heads // v.shape[2], START=start is not None, FINAL=final, SAVE=save, **common)(
-            (tiles * sequences * heads, 1, 1),
-            (q, k, v, beta, M, decay.values, decay.risky, cu, start, o, x, last),
+    last = _last(final, start, 1.0, q, heads, columns, plan.sequences)
+    if q.shape[1] and plan.sequences:
+        plan.run(
+            plan.grid, (q, k, v, beta, M, decay.values, cu, start, o, x, last),
             (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), (*beta.stride(), q.shape[1], scale),
         )  # fmt: skip
     return o, x, last
@@ -74,33 +73,54 @@ def mirror(
 ) -> Mirrored:  # fmt: skip
     """The mirrored solve; `start` is the gradient of the last state, and what is found is in units of 1/scale but for dv and dots."""
     heads, columns = beta.shape[2], do.shape[-1]
-    common, tiles, sequences = _common("mirror", q, k, columns, beta, decay, cu)
+    plan = _plan("mirror", q, k, do, beta, decay, cu, start is not None, final, True)
     u, w, dv = (torch.empty_like(x) for _ in range(3))
-    dots = torch.empty(x.shape[0], heads, tiles, x.shape[1], dtype=torch.float32, device=q.device)
-    last = _last(final, start, 1 / scale, q, heads, columns, sequences)
-    if q.shape[1] and sequences:
-        launcher(kernels.mirror_kernel, START=start is not None, FINAL=final, **common)(
-            (tiles * sequences * heads, 1, 1),
-            (q, k, do, beta, M, decay.values, decay.risky, cu, start, x, u, w, dv, dots, last),
+    dots = torch.empty(x.shape[0], heads, plan.tiles, x.shape[1], dtype=torch.float32, device=q.device)
+    last = _last(final, start, 1 / scale, q, heads, columns, plan.sequences)
+    if q.shape[1] and plan.sequences:
+        plan.run(
+            plan.grid, (q, k, do, beta, M, decay.values, cu, start, x, u, w, dv, dots, last),
             (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3]), (*beta.stride(), q.shape[1], scale, 1 / scale),
         )  # fmt: skip
     return Mirrored(u, w, dv, dots, last)
 
 
-def _common(
-    name: str, q: Tensor, k: Tensor, columns: int, beta: Tensor, decay: Decays, cu: Tensor | None
-) -> tuple[dict[str, Any], int, int]:
-    """Constants and options of both solves, the tiles of the columns, and the sequences."""
-    heads, width, sequences = beta.shape[2], q.shape[-1], count_sequences(q, cu)
-    row, _ = choose(name, width, columns, bits_of(q.dtype), q.device, decay.family, sequences * heads, 1)
-    tile = min(row.columns, padded(columns))
-    common = {
-        "H": heads, "GQ": heads // q.shape[2], "GK": heads // k.shape[2], "D": width, "V": columns, "BD": padded(width), "BV": tile,
-        "C": CHUNK, "DECAY": decay.values is not None, "BOTH": decay.values is not None and decay.both, "PACKED": cu is not None,
-        "WIDE": q.dtype == torch.float16, "IP": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        "num_warps": row.warps, "num_stages": row.stages,
-    }  # fmt: skip
-    return common, cdiv(columns, tile), sequences
+class _Plan(NamedTuple):
+    """The launch of a solve."""
+
+    sequences: int
+    tiles: int
+    run: Launcher
+    grid: Grid
+
+
+def _plan(
+    name: str, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decays, cu: Tensor | None, started: bool, final: bool, save: bool
+) -> _Plan:
+    """A plan for operands like these."""
+    return _made(
+        name, q.shape[3], v.shape[3], q.shape[2], k.shape[2], v.shape[2], beta.shape[2], q.dtype, q.device, decay.family, decay.both,
+        count_sequences(q, cu), cu is not None, started, final, save,
+    )  # fmt: skip
+
+
+@remembered
+def _made(
+    name: str, width: int, columns: int, q_heads: int, k_heads: int, v_heads: int, heads: int, dtype: torch.dtype, device: torch.device,
+    family: str, both: bool, sequences: int, packed: bool, started: bool, final: bool, save: bool,
+) -> _Plan:  # fmt: skip
+    """Found again by position, as the host has less time than the kernels take."""
+    row, _ = choose(name, width, columns, bits_of(dtype), device, family, sequences * heads, 1)
+    tile, decays = min(row.columns, padded(columns)), family != "none"
+    own = {"GV": heads // v_heads, "SAVE": save} if name == "solve" else {}
+    run = launcher(
+        kernels.solve_kernel if name == "solve" else kernels.mirror_kernel, H=heads, GQ=heads // q_heads, GK=heads // k_heads, **own,
+        D=width, V=columns, BD=padded(width), BV=tile, C=CHUNK, DECAY=decays, BOTH=decays and both, START=started, FINAL=final,
+        PACKED=packed, WIDE=dtype == torch.float16, IP="tf32x3" if dtype == torch.float32 else "tf32",
+        num_warps=row.warps, num_stages=row.stages,
+    )  # fmt: skip
+    tiles = cdiv(columns, tile)
+    return _Plan(sequences, tiles, run, (tiles * sequences * heads, 1, 1))
 
 
 def _last(wanted: bool, start: Tensor | None, scale: float, q: Tensor, heads: int, columns: int, sequences: int) -> Tensor | None:

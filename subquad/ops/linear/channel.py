@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.ops.common import CHUNK, cdiv, padded
 from subquad.ops.launcher import launcher
-from subquad.ops.linear.launch import SAFE, Decays, by_rows, chunks, count_sequences, slots
+from subquad.ops.linear.launch import Decays, by_rows, chunks, count_sequences, slots
 from subquad.ops.linear.pairs import pairs_backward_kernel, pairs_kernel
 from subquad.ops.linear.weigh import unweigh_kernel, weigh_kernel
 
@@ -22,8 +22,7 @@ class Weighed(NamedTuple):
     decay: Decays
 
     def tensors(self) -> list[Tensor]:
-        assert self.decay.values is not None and self.decay.risky is not None
-        return [self.q, self.k, self.decay.values, self.decay.risky]
+        return [self.q, self.k, *self.decay.kept]
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> Weighed:
@@ -52,7 +51,7 @@ def weigh(q: Tensor, k: Tensor, g: Tensor, cu: Tensor | None, total: int, heads:
     if tensors[0].numel():
         launcher(
             weigh_kernel, H=total, HS=heads, GQ=total // q.shape[2], GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK,
-            SAFE=SAFE, PACKED=cu is not None, num_warps=8 if width > 64 else 4, **_exact(q),
+            PACKED=cu is not None, num_warps=8 if width > 64 else 4, **_exact(q),
         )(
             (chunks(tokens, cu), heads, batch), (q, k, g, cu, *tensors),
             (*q.stride()[:3], *k.stride()[:3], *g.stride()[:3]), (tokens, sequences),
@@ -69,7 +68,7 @@ def unweigh(
     heads, sequences, g = weighed.k.shape[2], count_sequences(aq, cu), by_rows(g)
     if at_end is None and dg is not None:
         at_end = aq.new_zeros(sequences, heads, width)
-    tile = min(32, padded(width))
+    tile = min(64, padded(width))
     if aq.numel():
         launcher(
             unweigh_kernel, H=total, HS=heads, D=width, BT=tile, C=CHUNK, GATE=dg is not None, PACKED=cu is not None, STAGES=2,
@@ -88,7 +87,8 @@ def pairs(a: Tensor, b: Tensor, c: Tensor, g: Tensor, decay: Decays, o: Tensor, 
     groups = dict(zip(("GA", "GB", "GC", "GG"), (heads // x.shape[2] for x in (a, b, c, g))))
     if o.numel():
         launcher(
-            pairs_kernel, H=heads, **groups, D=a.shape[3], V=columns, BD=padded(a.shape[3]), BV=tile, REVERSE=reverse, **_shared(a, cu)
+            pairs_kernel, H=heads, **groups, D=a.shape[3], V=columns, BD=min(32, padded(a.shape[3])), BV=tile, REVERSE=reverse,
+            **_shared(a, cu),
         )(
             (a.shape[0] * heads, cdiv(columns, tile), _looks(a, cu)), (a, b, c, g, cu, _risky(decay), o),
             (*a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *g.stride()[:3]), (a.shape[1], count_sequences(a, cu), scale),

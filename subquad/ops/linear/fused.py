@@ -17,7 +17,7 @@ from subquad.ops.common import reduce_heads, traced
 from subquad.ops.launch import INTERPRETED
 from subquad.ops.launcher import eager
 from subquad.ops.linear.channel import Weighed, pairs, pairs_backward, unweigh, weigh, weighed_like
-from subquad.ops.linear.launch import by_rows, gate_gradient, linear_pass, prepare
+from subquad.ops.linear.launch import by_rows, gate_gradient, linear_pass, prepare, sums_like
 
 
 def forward(
@@ -48,7 +48,8 @@ def forward(
         pairs(q, k, v, log_decay, weighed.decay, result.o, cu=cu_seqlens, reverse=False, scale=scale)
         kept = weighed.tensors()
     else:
-        result, kept = linear_pass(q, k, v, prepare(log_decay, q, cu_seqlens), **same), []
+        decay = prepare(log_decay, q, cu_seqlens)
+        result, kept = linear_pass(q, k, v, decay, **same), decay.kept
     return result.o, q.new_empty(0, dtype=torch.float32) if result.final is None else result.final, kept
 
 
@@ -62,8 +63,11 @@ def _(q: Any, k: Any, v: Any, log_decay: Any, state: Any, cu_seqlens: Any, scale
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = q.new_empty(batch, q.shape[1], total, v.shape[3], dtype=dtype)
     final = q.new_empty((sequences, heads, q.shape[3], v.shape[3]) if keep else (0,), dtype=torch.float32)
-    channel = log_decay is not None and log_decay.dim() == 4
-    return o, final, [torch.empty(x, dtype=t, device=q.device) for x, t in weighed_like(q, cu_seqlens, total, heads)] if channel else []
+    kept = []
+    if log_decay is not None:
+        channel = log_decay.dim() == 4
+        kept = weighed_like(q, cu_seqlens, total, heads) if channel else [sums_like(log_decay, q, cu_seqlens)]
+    return o, final, [torch.empty(x, dtype=t, device=q.device) for x, t in kept]
 
 
 def backward(
@@ -107,7 +111,7 @@ def backward(
             ends = None if d_final is None else (d_final * final).sum(-1)
             unweigh(log_decay, weighed, aq, ak, dq, dk, dg, ends, cu_seqlens, scale)
     else:
-        decay, sources, queries = prepare(log_decay, q, cu_seqlens), q, k
+        decay, sources, queries = prepare(log_decay, q, cu_seqlens, kept), q, k
         q_dots = k_dots = None
         if need_q or need_decay:
             done = linear_pass(do, v, k, decay, x=q, dots=need_decay, dtype=q.dtype, **ahead)

@@ -19,6 +19,7 @@ from subquad.ops.triton_blocks import (
     FLOOR,
     LOG2E,
     count_slots,
+    decays_much,
     find_chunk,
     in_two,
     load_tile,
@@ -44,21 +45,6 @@ def sums_kernel(
     x = tl.maximum(x.to(P.dtype.element_ty) * LOG2E, FLOOR)
     at = ((i_b.to(tl.int64) * HP + i_h) * slots + first // C + i_q) * C
     tl.store(P + at + rows, tl.cumsum(x, 0), mask=(rows >= 0) & (left > 0))
-
-
-@triton.jit(do_not_specialize=["N"])
-def risky_kernel(P, cu, risky, N, HP: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, SAFE: tl.constexpr):
-    """Marks ``[sequences, HP]`` of those in which some chunk decays below 2^SAFE, from `sums_kernel`'s P."""
-    i_q, i_h = tl.program_id(0), tl.program_id(1)
-    i_b, begin, n = sequence(cu, i_q, N, PACKED)
-    slots = count_slots(N, tl.num_programs(0), C, PACKED)
-    P += ((i_b * HP + i_h) * slots + begin // C + (i_q if PACKED else 0)) * C + C - 1
-    chunks = tl.cdiv(n, C)
-    lowest = tl.zeros([128], tl.float32)
-    for i in range(0, chunks, 128):
-        j = i + tl.arange(0, 128)
-        lowest = tl.minimum(lowest, tl.load(P + j.to(tl.int64) * C, mask=j < chunks, other=0.0).to(tl.float32))
-    tl.store(risky + i_q * HP + i_h, (tl.min(lowest, 0) < SAFE).to(tl.int32))
 
 
 @triton.jit
@@ -96,8 +82,8 @@ def pass_kernel(
         a ``[B, N, H/GA, D]``, b ``[B, N, H/GB, D]``, c ``[B, N, H/GC, V]``, by strides; o ``[B, N, H, V]``, contiguous.
         add: with ADD ``[B, N, H, V]``, contiguous: joins the output. STRICT leaves each token's own source out of it.
         P: decays as log2: per token `sums_kernel`'s, per channel the totals of `weigh_kernel`.
-        risky: per token `risky_kernel`'s marks, per channel marks of the chunks whose pairs are left out.
-            Without BOTH all sequences are served as risky ones.
+        risky: per channel, marks of the chunks whose pairs are left out.
+        BOTH: per token, weigh pairs by products where no chunk of the segment decays much; otherwise one by one.
         start, final: states ``[sequences, heads, segments, D, V]`` before and after. Heads of a group of GS share one; with
             ONCE, as for gradients, the start enters the first of a group, and each head has its own final.
         LEFT: per token, weigh and round b, not c, where they enter the state, as the row sums of the backward do: what a final
@@ -147,7 +133,7 @@ def pass_kernel(
         pw, in_p = vs, vs < V
     by_one = False
     if DECAY == TOKEN and BOTH:
-        by_one = tl.load(risky + i_q * (H // GP) + i_h // GP) > 0
+        by_one = decays_much(P, count, C)
 
     S = tl.zeros([BD, BV], tl.float32)
     cell = ds[:, None] * V + vs[None, :]

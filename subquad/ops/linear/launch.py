@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from subquad.ops.common import CHUNK, cdiv, padded, power_of_two
-from subquad.ops.launch import Config, bits_of, choose
-from subquad.ops.launcher import Launcher, launcher
+from subquad.ops.launch import INTERPRETED, bits_of, choose, remembered
+from subquad.ops.launcher import Grid, Launcher, launcher
 from subquad.ops.linear import kernels
-
-SAFE = -100.0  # log2 of what a chunk may decay by, for its pairs to be weighed by products
 
 
 class Decays(NamedTuple):
@@ -21,13 +18,18 @@ class Decays(NamedTuple):
 
     kind: str = "none"
     values: Tensor | None = None
-    risky: Tensor | None = None
-    both: bool = True  # per token: pairs may be weighed by products where a sequence is not risky
+    risky: Tensor | None = None  # per channel only
+    both: bool = True  # per token: pairs may be weighed by products where chunks do not decay much
 
     @property
     def family(self) -> str:
         """As the table of launch parameters names it."""
         return "scalar" if self.kind == "token" else self.kind
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What the backward reads again."""
+        return [x for x in (self.values, self.risky) if x is not None]
 
 
 class Passed(NamedTuple):
@@ -38,28 +40,36 @@ class Passed(NamedTuple):
     dots: Tensor | None
 
 
-def prepare(log_decay: Tensor | None, like: Tensor, cu: Tensor | None) -> Decays:
-    """Decays per head or token, for all passes over tokens like ``[B, N, ·, ·]``; `channel.weigh` prepares those per channel."""
+def sums_like(log_decay: Tensor, like: Tensor, cu: Tensor | None) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the P of decays per head or token."""
+    exact = like.dtype == torch.float32 or (
+        INTERPRETED and like.dtype == torch.bfloat16
+    )  # sums of strong decays would cost weak ones their digits
+    room = slots(like.shape[1], count_sequences(like, cu), cu)
+    return (like.shape[0], log_decay.shape[-1], room, CHUNK), torch.float64 if exact else torch.float32
+
+
+def prepare(log_decay: Tensor | None, like: Tensor, cu: Tensor | None, kept: list[Tensor] | None = None) -> Decays:
+    """Decays per head or token, for all passes over tokens like ``[B, N, ·, D]``, or those kept from an earlier call.
+
+    `channel.weigh` prepares those per channel.
+    """
     if log_decay is None:
         return Decays()
+    # float16 has no room for the two factors, and wide float32 would compile for long
+    both = like.dtype == torch.bfloat16 or (like.dtype == torch.float32 and like.shape[-1] <= 64)
+    if kept:
+        return Decays("token", kept[0], None, both)
     batch, tokens = like.shape[:2]
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(batch, tokens, -1)
-    heads, sequences = log_decay.shape[2], count_sequences(like, cu)
-    exact = like.dtype == torch.float32  # sums of strong decays would cost weak ones their digits
-    dtype = torch.float64 if exact else torch.float32
-    sums = torch.empty(batch, heads, slots(tokens, sequences, cu), CHUNK, dtype=dtype, device=like.device)
-    risky = torch.empty(sequences, heads, dtype=torch.int32, device=like.device)
-    if sums.numel() and risky.numel():
-        launcher(kernels.sums_kernel, HP=heads, C=CHUNK, PACKED=cu is not None, num_warps=1)(
-            (chunks(tokens, cu), batch, heads), (log_decay, sums, cu), log_decay.stride(), (tokens, sequences)
+    shape, dtype = sums_like(log_decay, like, cu)
+    sums = torch.empty(shape, dtype=dtype, device=like.device)
+    if sums.numel():
+        launcher(kernels.sums_kernel, HP=shape[1], C=CHUNK, PACKED=cu is not None, num_warps=1)(
+            (chunks(tokens, cu), batch, shape[1]), (log_decay, sums, cu), log_decay.stride(), (tokens, count_sequences(like, cu))
         )  # fmt: skip
-        launcher(kernels.risky_kernel, HP=heads, C=CHUNK, PACKED=cu is not None, SAFE=SAFE, num_warps=4)(
-            (sequences, heads, 1), (sums, cu, risky), (), (tokens,)
-        )  # fmt: skip
-    # float16 has no room for the two factors, and wide float32 would compile for long
-    both = like.dtype == torch.bfloat16 or (exact and like.shape[-1] <= 64)
-    return Decays("token", sums, risky, both)
+    return Decays("token", sums, None, both)
 
 
 def linear_pass(
@@ -89,72 +99,82 @@ def linear_pass(
     """One pass, see `kernels.pass_kernel`. `left` weighs b where it enters the state, `split` reads the state in full, and `dots`
     asks for the row sums of the output times x."""
     batch, tokens, _, width = a.shape
-    columns = c.shape[-1]
-    sequences = count_sequences(a, cu)
-    x = x if dots else None
-    device = a.device
-    kind = {"none": 0, "token": 1, "channel": 3 if column else 2}[decay.kind]
-    kernel = "heavy" if dots or split or add is not None else "pass"
-    rows, segments = choose(kernel, width, columns, bits_of(a.dtype), device, decay.family, sequences * heads, cdiv(tokens, CHUNK))
-    tiles = cdiv(columns, min(rows.columns, padded(columns)))
-
-    start = None if start is None else start.contiguous()
+    columns, device, sequences = c.shape[3], a.device, count_sequences(a, cu)
+    x, start = x if dots else None, None if start is None else start.contiguous()
+    plan = _plan(
+        tokens, width, columns, a.shape[2], b.shape[2], c.shape[2], (c if x is None else x).shape[2], a.dtype, device,
+        decay.family, column, decay.both, 1 if decay.values is None else decay.values.shape[1], sequences, cu is not None, heads, group,
+        once, reverse, strict, start is not None, final, left, add is not None, dots, dots or split,
+    )  # fmt: skip
     o = torch.empty(batch, tokens, heads, columns, dtype=dtype, device=device)
-    sums = torch.empty(batch, heads, tiles, tokens, dtype=torch.float32, device=device) if dots else None
-    state_heads = heads if once else heads // group
-    last = torch.empty(sequences, state_heads, width, columns, dtype=torch.float32, device=device) if final else None
+    sums = torch.empty(batch, heads, plan.tiles, tokens, dtype=torch.float32, device=device) if dots else None
+    last = torch.empty(sequences, plan.state_heads, width, columns, dtype=torch.float32, device=device) if final else None
     if tokens == 0 or sequences == 0 or batch == 0:
         if last is not None:
             last.zero_() if start is None else last.copy_((first_of_group(start, heads) if once else start) * start_scale)
         return Passed(o, last, None if sums is None else sums.zero_())
-    per = 1 if decay.values is None else decay.values.shape[1]
 
-    def run(n_heads: int, before: Tensor | None, after: Tensor | None, totals: Tensor | None, grouped: int, out: bool) -> None:
-        groups = _group(a, n_heads), _group(b, n_heads), _group(c, n_heads), _group(c if x is None else x, n_heads)
-        launch = _launcher(
-            rows, width, columns, a.dtype, kind, decay.both, reverse, strict, cu is not None, n_heads, groups, max(1, n_heads // per),
-            grouped, once and segments == 1, before is not None, after is not None, left, out, out and add is not None, out and dots,
-            out and (split or dots),
-        )  # fmt: skip
-        launch(
-            (tiles * segments * sequences * n_heads, 1, 1),
-            (a, b, c, x, add, decay.values, decay.risky, cu, before, o, after, sums, totals),
-            (*a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *strides(x)),
-            (tokens, segments, scale, start_scale if segments == 1 else 1.0),
-        )  # fmt: skip
-
-    if segments == 1:
-        run(heads, start, last, None, group, True)
+    tensors = a, b, c, x, add, decay.values, decay.risky, cu
+    by = (*a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *strides(x))
+    if plan.segments == 1:
+        plan.run(plan.grid, (*tensors, start, o, last, sums, None), by, (tokens, 1, scale, start_scale))
         return Passed(o, last, sums)
-    states = torch.empty(sequences, state_heads, segments, width, columns, dtype=torch.float32, device=device)
-    wide = width if kind == 2 else columns
-    totals = torch.empty(sequences, state_heads, segments, wide, dtype=torch.float32, device=device) if kind else None
-    run(state_heads, None, states, totals, 1, False)
-    block = 1024
-    launcher(
-        kernels.join_kernel, H=state_heads, GS=group if once else 1, D=width, V=columns, DECAY=kind, REVERSE=reverse,
-        START=start is not None, FINAL=last is not None, BLOCK=block, num_warps=4,
-    )(
-        (sequences * state_heads, cdiv(width * columns, block), 1),
-        (states, totals, start, last), (), (segments, start_scale),
-    )  # fmt: skip
-    run(heads, states, None, None, 1 if once else group, True)
+    states = torch.empty(sequences, plan.state_heads, plan.segments, width, columns, dtype=torch.float32, device=device)
+    channels = width if decay.kind == "channel" and not column else columns
+    totals = torch.empty(*states.shape[:3], channels, dtype=torch.float32, device=device) if decay.values is not None else None
+    plan.add(plan.add_grid, (*tensors, None, None, states, None, totals), by, (tokens, plan.segments, scale, 1.0))
+    plan.join(plan.join_grid, (states, totals, start, last), (), (plan.segments, start_scale))
+    plan.run(plan.grid, (*tensors, states, o, None, sums, None), by, (tokens, plan.segments, scale, 1.0))
     return Passed(o, last, sums)
 
 
-@cache
-def _launcher(
-    rows: Config, width: int, columns: int, dtype: torch.dtype, kind: int, both: bool, reverse: bool, strict: bool, packed: bool,
-    heads: int, groups: tuple[int, int, int, int], per: int, grouped: int, once: bool, start: bool, final: bool, left: bool,
-    out: bool, add: bool, dots: bool, split: bool,
-) -> Launcher:  # fmt: skip
-    """The pass kernel with its constants; found again by position, which is faster than by name."""
-    return launcher(
-        kernels.pass_kernel, H=heads, GA=groups[0], GB=groups[1], GC=groups[2], GX=groups[3], GP=per, GS=grouped, ONCE=once, D=width,
-        V=columns, BD=padded(width), BV=min(rows.columns, padded(columns)), C=CHUNK, DECAY=kind, BOTH=both, REVERSE=reverse,
-        STRICT=strict, START=start, FINAL=final, LEFT=left and dtype == torch.bfloat16, OUT=out, ADD=add, DOT=dots,
-        SPLIT=split and dtype == torch.bfloat16, PACKED=packed,
-        WIDE=dtype == torch.float16, IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,
+class _Plan(NamedTuple):
+    """The launches of a pass: one, or three where it is cut into segments, which add, join and run."""
+
+    segments: int
+    tiles: int
+    state_heads: int
+    run: Launcher
+    grid: Grid
+    add: Launcher
+    add_grid: Grid
+    join: Launcher
+    join_grid: Grid
+
+
+@remembered
+def _plan(
+    tokens: int, width: int, columns: int, a_heads: int, b_heads: int, c_heads: int, x_heads: int, dtype: torch.dtype, device: torch.device,
+    family: str, column: bool, both: bool, decay_heads: int, sequences: int, packed: bool, heads: int, group: int,
+    once: bool, reverse: bool, strict: bool, started: bool, final: bool, left: bool, add: bool, dots: bool, split: bool,
+) -> _Plan:  # fmt: skip
+    """Found again by position, as the host has less time than the kernels take."""
+    kernel = "heavy" if split or add else "pass"
+    rows, segments = choose(kernel, width, columns, bits_of(dtype), device, family, sequences * heads, cdiv(tokens, CHUNK))
+    tile = min(rows.columns, padded(columns))
+    tiles, state_heads, whole = cdiv(columns, tile), heads if once else heads // group, segments == 1
+    kind, bf16 = {"none": 0, "scalar": 1, "channel": 3 if column else 2}[family], dtype == torch.bfloat16
+
+    def launch(n: int, grouped: int, out: bool) -> Launcher:
+        per_head = dict(zip(("GA", "GB", "GC", "GX", "GP"), (max(1, n // x) for x in (a_heads, b_heads, c_heads, x_heads, decay_heads))))
+        return launcher(
+            kernels.pass_kernel, H=n, **per_head, GS=grouped, ONCE=once and whole and (started or final), D=width, V=columns,
+            BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, BOTH=both, REVERSE=reverse, STRICT=strict, START=out and (started or not whole),
+            FINAL=(final and whole) or not out, LEFT=left and bf16, OUT=out, ADD=out and add, DOT=out and dots,
+            SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16, IP="tf32x3" if dtype == torch.float32 else "tf32",
+            num_warps=rows.warps, num_stages=rows.stages,
+        )  # fmt: skip
+
+    block = 1024
+    join = launcher(
+        kernels.join_kernel, H=state_heads, GS=group if once else 1, D=width, V=columns, DECAY=kind, REVERSE=reverse,
+        START=started, FINAL=final, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return _Plan(
+        segments, tiles, state_heads,
+        launch(heads, group if whole or not once else 1, True), (tiles * segments * sequences * heads, 1, 1),
+        launch(state_heads, 1, False), (tiles * segments * sequences * state_heads, 1, 1),
+        join, (sequences * state_heads, cdiv(width * columns, block), 1),
     )  # fmt: skip
 
 
@@ -171,10 +191,6 @@ def gate_gradient(dq: Tensor, dk: Tensor, at_end: Tensor | None, cu: Tensor | No
             END=at_end is not None, PACKED=cu is not None, num_warps=4,
         )((sequences, heads, 1), (dq, dk, at_end, cu, dg), (), (tokens,))  # fmt: skip
     return dg
-
-
-def _group(x: Tensor, heads: int) -> int:
-    return max(1, heads // x.shape[2])
 
 
 def by_rows(x: Tensor) -> Tensor:

@@ -61,22 +61,28 @@ def pairs_kernel(
     if not PACKED:  # noqa: SIM102
         if none_risky(risky, i_c * CHUNKS, N, C, CHUNKS):
             return
-    rows, ds, vs = tl.arange(0, C), tl.arange(0, BD), i_v * BV + tl.arange(0, BV)
+    rows, vs = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     VP: tl.constexpr = BV if V % BV else V
+    DP: tl.constexpr = BD if D % BD else D
     MT: tl.constexpr = tl.float32 if WIDE else a.dtype.element_ty
     for u in range(0, CHUNKS):
         i_q, first, left = find_chunk(cu, sequences, i_c * CHUNKS + u, N, C, PACKED)
         if tl.load(risky + first // C + i_q, mask=left > 0, other=0) > 0:
             base_g = g + i_b * sg_b + first * sg_n + (i_h // GG) * sg_h
-            ta = load_tile(a + i_b * sa_b + first * sa_n + (i_h // GA) * sa_h, sa_n, rows, left, ds, D, BD).to(MT)
-            tb = load_tile(b + i_b * sb_b + first * sb_n + (i_h // GB) * sb_h, sb_n, rows, left, ds, D, BD).to(MT)
+            base_a = a + i_b * sa_b + first * sa_n + (i_h // GA) * sa_h
+            base_b = b + i_b * sb_b + first * sb_n + (i_h // GB) * sb_h
             tc = load_tile(c + i_b * sc_b + first * sc_n + (i_h // GC) * sc_h, sc_n, rows, left, vs, V, VP).to(MT)
-            scores = tl.dot(ta, tl.trans(tb), input_precision=IP)
-            scores = tl.where(rows[:, None] == rows[None, :], scores, 0.0)
-            for level in tl.static_range(6):
-                w = to_middle(base_g, sg_n, rows, left, ds, D, BD, BD, C, 2**level)
-                part = tl.dot((ta * w).to(MT), tl.trans((tb * w).to(MT)), input_precision=IP)
-                scores += tl.where(halves(rows, 2**level, REVERSE), part, 0.0)
+            scores = tl.zeros([C, C], tl.float32)
+            for d in range(0, D, BD):
+                ds = d + tl.arange(0, BD)
+                ta = load_tile(base_a, sa_n, rows, left, ds, D, DP).to(MT)
+                tb = load_tile(base_b, sb_n, rows, left, ds, D, DP).to(MT)
+                same = tl.dot(ta, tl.trans(tb), input_precision=IP)
+                scores += tl.where(rows[:, None] == rows[None, :], same, 0.0)
+                for level in tl.static_range(6):
+                    w = to_middle(base_g, sg_n, rows, left, ds, D, DP, BD, C, 2**level)
+                    part = tl.dot((ta * w).to(MT), tl.trans((tb * w).to(MT)), input_precision=IP)
+                    scores += tl.where(halves(rows, 2**level, REVERSE), part, 0.0)
             out = o + ((i_b * N + first) * H + i_h) * V
             acc = tl.dot(scores.to(MT), tc, input_precision=IP) * scale
             acc += load_tile(out, H * V, rows, left, vs, V, VP).to(tl.float32)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.triton_blocks import FLOOR, LOG2E, count_slots, find_chunk, load_tile, sequence, store_tile
+from subquad.ops.triton_blocks import FLOOR, LOG2E, SAFE, count_slots, find_chunk, load_tile, sequence, store_tile
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def weigh_kernel(
     q, k, g, cu, q_hat, k_hat, total, risky,
     sq_b, sq_n, sq_h, sk_b, sk_n, sk_h, sg_b, sg_n, sg_h, N, sequences,
     H: tl.constexpr, HS: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
-    SAFE: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr,
+    EXACT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """q̂ ``[B, N, H, D]`` and k̃ ``[B, N, HS, D]`` of one chunk of one head of the state.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from kernel_cases import FEW, FLAT, FORMS, LONG, LONGER, LONGEST, NARROW, Shape
 
-MS: dict[tuple[str, Shape], tuple[float, float]] = {  # forward, forward and backward
+MS: dict[tuple[str, Shape], tuple[float, float]] = {  # on the device: forward, forward and backward
     **{(form, shape): (0.112, 0.42) for form in ("linear", "linear per head") for shape in (FLAT, NARROW)},
     **{("linear per token", shape): (0.125, 0.55) for shape in (FLAT, NARROW)},
     ("linear per channel", FLAT): (0.22, 0.95),

@@ -7,15 +7,19 @@
 Sections, each fenced so that a failure is recorded and the rest goes on: `rates` (copy and matrix product), `compile` (all
 kernels, side by side), `checks` (results and gradients against float64), `step` (decoding, against copying the states),
 `speed` (forward, and forward and backward, against floors and bars), `softmax` (against cuDNN and FlashAttention-2 at 16k
-tokens), `length` (time from 512 tokens to a million), `memory`, `first` (the first call on a cold cache); then the peers
-(flash-linear-attention; the first call of each takes a minute or two) and which bars are met. The result file is written
-anew after each section.
+tokens), `length` (time from 512 tokens to a million), `memory`, `first` (the first call on a cold cache), `sanitize` (memory errors and races); then the peers
+(flash-linear-attention; the first call of each takes a minute or two, side by side) and which bars are met. The result
+file is written anew after each section.
+
+Every timing is given twice: on the device, as calls captured in a CUDA graph take it, and as called from Python, where launches
+and autograd may take longer than the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -36,12 +40,14 @@ from common import RESULTS, ROOT, Report, failure, slug
 from kernel_bars import FASTER_FROM, MS, bars
 from kernel_cases import FEW, FLAT, FORMS, LONG, LONGEST, PEERS, SOFTMAX, STATES, TIMED, Inputs, Shape, floor_bytes, inputs, leaves
 from kernel_checks import check, check_shapes, results
+from kernel_sanitize import sanitize
 from torch import Tensor
 
 from subquad.bench.machine import peak_bytes, synchronize
 
 SECONDS = {
-    "rates": 20, "compile": 150, "checks": 120, "step": 30, "speed": 90, "softmax": 60, "length": 90, "memory": 40, "first": 150, "bars": 5,
+    "rates": 20, "compile": 150, "checks": 120, "step": 30, "speed": 90, "softmax": 60, "length": 90, "memory": 40, "first": 150,
+    "sanitize": 170, "bars": 5,
 }  # fmt: skip
 PEER_SECONDS = 170  # each
 TOKENS = 2**14  # in all, against softmax
@@ -90,9 +96,27 @@ class Bench(Report):
             taken.append(1000 * (time.perf_counter() - start))
         return statistics.median(taken)
 
+    def device_ms(self, call: Callable[[], Any], grown: Inputs | None = None) -> float | None:
+        """Median milliseconds on the device: of calls captured in a CUDA graph. None where a call cannot be captured."""
+        if not self.cuda:
+            return self.ms(call, grown)
+        from triton.testing import do_bench_cudagraph
+
+        learned = [t for t in (grown or {}).values() if t.requires_grad]
+        try:
+            return float(do_bench_cudagraph(call, rep=10 if self.quick else 40, grad_to_none=learned or None, return_mode="median"))
+        except (RuntimeError, torch.AcceleratorError):
+            torch.cuda.synchronize()
+            return None
+        finally:
+            for t in learned:
+                t.grad = None
+
     def measure(self, section: str, name: str, shape: Shape, call: Call, grown: Inputs) -> dict[str, Any]:
-        """Forward, and forward and backward, in milliseconds; None and the error where one fails. Kept in `timings`."""
-        found: dict[str, Any] = {"section": section, "name": name, "shape": list(shape), "forward_ms": None, "both_ms": None}
+        """Forward, and forward and backward, in milliseconds, on the device and as called; None and the error where one fails.
+        Kept in `timings`."""
+        empty = dict.fromkeys(("forward_ms", "both_ms", "forward_called_ms", "both_called_ms"))
+        found: dict[str, Any] = {"section": section, "name": name, "shape": list(shape), **empty}
         self.timings.append(found)
         incoming = torch.randn_like(grown["v"])
 
@@ -100,9 +124,14 @@ class Bench(Report):
             with torch.no_grad():
                 return call(grown)
 
+        def both() -> None:
+            call(grown).backward(incoming)
+
         try:
-            found["forward_ms"] = self.ms(forward)
-            found["both_ms"] = self.ms(lambda: call(grown).backward(incoming), grown)
+            found["forward_called_ms"] = self.ms(forward)
+            found["forward_ms"] = self.device_ms(forward)
+            found["both_called_ms"] = self.ms(both, grown)
+            found["both_ms"] = self.device_ms(both, grown)
         except TimeoutError:
             found["error"] = "out of time"
             raise
@@ -132,6 +161,10 @@ def share(found: dict[str, Any], key: str) -> str:
     """Milliseconds, and in brackets how many times the floor."""
     value, floor = found[key], found["floor_ms"][key == "both_ms"]
     return found.get("error", "–") if value is None else f"{value:.3f} ({value / floor:.2f})"
+
+
+def called(found: dict[str, Any]) -> str:
+    return f"{show(found['forward_called_ms'])} / {show(found['both_called_ms'])}"
 
 
 # ---- sections ----------------------------------------------------------------------------------------------------
@@ -190,26 +223,28 @@ def step(bench: Bench) -> dict[str, Any]:
     batch, _, heads, dim = STATES if bench.cuda else TRY
     state = torch.randn(batch, heads, dim, dim, device=bench.device)
     out = torch.empty_like(state)
-    found["copy_ms"] = bench.ms(lambda: out.copy_(state))
+    found["copy_ms"] = bench.device_ms(lambda: out.copy_(state))
     add = bench.table(f"Decode step, states {list(state.shape)}, ms (× copying them)", "form", "1 token", "4 tokens")
     add("copying the states", f"{found['copy_ms']:.3f}", "")
     for name, form in FORMS.items():
         x = [inputs(form, (batch, tokens, heads, dim), bench.device) | {"initial_state": state} for tokens in (1, 4)]
-        taken = [bench.ms(partial(form, one, return_state=True)) for one in x]
+        taken = [bench.device_ms(partial(form, one, return_state=True)) or math.nan for one in x]
         found[name] = {"ms": taken, "ratio": [ms / found["copy_ms"] for ms in taken]}
         add(name, *(f"{ms:.3f} ({ms / found['copy_ms']:.2f})" for ms in taken))
     return found
 
 
 def speed(bench: Bench) -> None:
-    add = bench.table("Time, bf16, ms (× floor)", "form", "shape", "forward", "forward + backward", "bars, ms")
+    add = bench.table(
+        "Time on the device, bf16, ms (× floor)", "form", "shape", "forward", "forward + backward", "bars, ms", "as called from Python, ms"
+    )
     for shape, names in TIMED:
         for name in names:
             form, at = FORMS[name], bench.shape(shape)
             grown = leaves(form, inputs(form, at, bench.device))
             found = bench.measure("speed", name, at, form, grown)
             limits = " / ".join(f"{limit:.3g}" for limit in MS.get((name, shape), ()))
-            add(name, str(list(at)), share(found, "forward_ms"), share(found, "both_ms"), limits)
+            add(name, str(list(at)), share(found, "forward_ms"), share(found, "both_ms"), limits, called(found))
 
 
 def softmax(bench: Bench) -> None:
@@ -226,6 +261,7 @@ def softmax(bench: Bench) -> None:
             found.append(bench.measure("softmax", name, shape, SOFTMAX.get(name, form), leaves(form, inputs(form, shape, bench.device))))
         add(f"{tokens:,}", "forward", *(show(f["forward_ms"]) for f in found))
         add("", "both", *(show(f["both_ms"]) for f in found))
+        add("", "as called", *(called(f) for f in found))
         tokens *= 2
 
 
@@ -234,7 +270,12 @@ def length(bench: Bench) -> None:
     names = ["linear", "linear per token", "delta", "cuDNN softmax"]
     total, heads, dim = (bench.tokens, bench.heads, 128) if bench.cuda else (256, 1, 16)
     add = bench.table(
-        f"Time against length, {total:,} tokens in all, {heads} heads of {dim}, ms", "form", "tokens", "forward", "forward + backward"
+        f"Time against length, {total:,} tokens in all, {heads} heads of {dim}, ms",
+        "form",
+        "tokens",
+        "forward",
+        "forward + backward",
+        "as called",
     )
     for name in names:
         form = FORMS.get(name, FORMS["linear"])
@@ -244,7 +285,7 @@ def length(bench: Bench) -> None:
             shape = (total // tokens, tokens, heads, dim)
             grown = leaves(form, {key: t.view(*shape[:2], *t.shape[2:]) for key, t in whole.items()})
             found = bench.measure("length", name, shape, SOFTMAX.get(name, form), grown)
-            add(name, f"{tokens:,}", show(found["forward_ms"]), show(found["both_ms"]))
+            add(name, f"{tokens:,}", show(found["forward_ms"]), show(found["both_ms"]), called(found))
             tokens *= 2
 
 
@@ -278,10 +319,11 @@ def memory(bench: Bench) -> dict[str, Any]:
 
 
 def first_call(name: str, device: str) -> float:
-    """Seconds of the first forward and backward of this process; the device itself is started before."""
+    """Seconds of the first forward and backward of this process; the device and autograd themselves are started before."""
     form, shape = FORMS[name], FLAT if device == "cuda" else TRY
     grown = leaves(form, inputs(form, shape, device))
     incoming = torch.randn_like(grown["v"])
+    torch.ones((), device=device, requires_grad=True).backward(torch.ones((), device=device))  # torch then imports sympy
     synchronize(device)
     start = time.perf_counter()
     form(grown).backward(incoming)
@@ -290,7 +332,7 @@ def first_call(name: str, device: str) -> float:
 
 
 def first(bench: Bench) -> dict[str, float]:
-    """Each form's first call in a process and with a kernel cache of its own; on CUDA side by side, each on its own core."""
+    """Each form's first call in a process and with a kernel cache of its own; on CUDA three side by side."""
     add = bench.table("First forward and backward on a cold cache", "form", "s")
 
     def one(name: str) -> float:
@@ -301,7 +343,7 @@ def first(bench: Bench) -> dict[str, float]:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
         return float(done.stdout.split()[-1])
 
-    with ThreadPoolExecutor(len(FORMS) if bench.cuda else 1) as pool:
+    with ThreadPoolExecutor(3 if bench.cuda else 1) as pool:
         found = dict(zip(FORMS, pool.map(one, FORMS)))
     for name, seconds in found.items():
         add(name, f"{seconds:.1f}")
@@ -318,11 +360,33 @@ def peer(bench: Bench, name: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start}
 
 
+def compile_peers(bench: Bench, names: list[str]) -> dict[str, str]:
+    """Each peer once in a process of its own; here they find their kernels compiled, and tune anew on a free device."""
+
+    def one(name: str) -> str:
+        words = [sys.executable, __file__, "--device", bench.device.type, "--warm-peer", name]
+        done = subprocess.run(words, capture_output=True, text=True)
+        return done.stderr.strip().splitlines()[-1] if done.returncode else "compiled"
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        return dict(zip(names, pool.map(one, names)))
+
+
+def warm_peer(name: str, device: str) -> None:
+    form, call = PEERS[name]
+    grown = leaves(FORMS[form], inputs(FORMS[form], FLAT if device == "cuda" else TRY, device))
+    call(grown).backward(torch.randn_like(grown["v"]))
+
+
 def show_peers(bench: Bench) -> None:
-    add = bench.table("flash-linear-attention, bf16, ms", "operator", "shape", "forward", "forward + backward", "")
+    add = bench.table(
+        "flash-linear-attention on the device, bf16, ms", "operator", "shape", "forward", "forward + backward", "as called", ""
+    )
     for found in bench.timings:
         if found["section"] == "peers":
-            add(found["name"], str(found["shape"]), show(found["forward_ms"]), show(found["both_ms"]), found.get("error", ""))
+            add(
+                found["name"], str(found["shape"]), show(found["forward_ms"]), show(found["both_ms"]), called(found), found.get("error", "")
+            )
 
 
 def verdicts(bench: Bench) -> list[dict[str, Any]]:
@@ -335,7 +399,7 @@ def verdicts(bench: Bench) -> list[dict[str, Any]]:
 
 SECTIONS: dict[str, Callable[[Bench], Any]] = {
     "rates": rates, "compile": compile_all, "checks": checks, "step": step, "speed": speed, "softmax": softmax, "length": length,
-    "memory": memory, "first": first,
+    "memory": memory, "first": first, "sanitize": sanitize,
 }  # fmt: skip
 
 
@@ -345,6 +409,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{bench.result['device']}, {bench.result['versions']}")
     for name in args.only:
         bench.fenced(name, SECTIONS[name], SECONDS[name])
+    if bench.cuda and args.peers:
+        bench.fenced("compile peers", partial(compile_peers, names=args.peers), PEER_SECONDS)
     for name in args.peers:
         bench.fenced(f"fla {name}", partial(peer, name=name), PEER_SECONDS)
     if args.peers:
@@ -376,6 +442,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="RESULT", help="draw a result file into docs/img/ and measure nothing")
     parser.add_argument("--first", choices=list(FORMS), help=argparse.SUPPRESS)
     parser.add_argument("--warm", choices=list(FORMS), help=argparse.SUPPRESS)
+    parser.add_argument("--warm-peer", choices=list(PEERS), help=argparse.SUPPRESS)
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.plot:
@@ -391,6 +458,9 @@ def main() -> int:
         return 0
     if args.warm:
         warm_up(args.warm, args.part, args.device, args.quick)
+        return 0
+    if args.warm_peer:
+        warm_peer(args.warm_peer, args.device)
         return 0
     if args.peers is None:
         args.peers = [] if args.only or args.quick else list(PEERS)

@@ -175,7 +175,7 @@ def solve_kernel(
         S += tl.load(start + cell, mask=inside, other=0.0)
 
     chunks = tl.cdiv(n, C)
-    # one of two loops runs: pairs weighed by products of two factors, or one by one
+    # one of two loops runs: pairs weighed by products of two factors, or one by one; two launches, as in the pass, take longer
     by_one = decays_much(P, chunks, C) if BOTH else False
     for EXACT in tl.static_range(1 if DECAY and not BOTH else 0, 2 if DECAY else 1):
         trips = tl.where(by_one == (EXACT == 1), chunks, 0) if BOTH else chunks
@@ -236,13 +236,14 @@ def mirror_kernel(
     q, k, do, beta, M, P, cu, start, x, u, w, dv, dots, final,
     sq_b, sq_n, sq_h, sk_b, sk_n, sk_h, sd_b, sd_n, sd_h, se_b, se_n, se_h, N, scale, start_scale,
     H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
-    PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr,
+    START: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """The solve from the last chunk to the first, for one head and one tile of columns, in units of 1/scale.
 
     Args:
         q, k, beta, M, P as in `solve_kernel`; do ``[B, N, H, V]`` by strides, x its contiguous output.
+        EXACT, OTHER as in the pass of the linear recurrence.
         start, final ``[sequences, H, D, V]``: the gradient of the state after, times start_scale, and of the state before.
         u, w, dv ``[B, N, H, V]``: β x, −β u̇ and the gradient of v, contiguous; dots ``[B, H, tiles, N]``: that of beta, by tiles.
     """
@@ -268,63 +269,64 @@ def mirror_kernel(
     M += slot * (C * C)
     dots += ((i_b * H + i_h) * TILES + i_v) * N + begin
 
+    chunks = tl.cdiv(n, C)
+    if DECAY and OTHER:  # noqa: SIM102
+        if decays_much(P, chunks, C) != EXACT:
+            return
+
     S = tl.zeros([BD, BV], tl.float32)
     cell = (i_q * H + i_h).to(tl.int64) * (D * V) + ds[:, None] * V + vs[None, :]
     inside = (ds < D)[:, None] & (vs < V)[None, :]
     if START:
         S += tl.load(start + cell, mask=inside, other=0.0) * start_scale
 
-    chunks = tl.cdiv(n, C)
-    by_one = decays_much(P, chunks, C) if BOTH else False
-    for EXACT in tl.static_range(1 if DECAY and not BOTH else 0, 2 if DECAY else 1):
-        trips = tl.where(by_one == (EXACT == 1), chunks, 0) if BOTH else chunks
-        at = ((chunks - 1) * C).to(tl.int64)
-        next_b = tl.load(beta + (at + rows) * se_n, mask=(at + rows < n) & (trips > 0), other=0.0)
+    at = ((chunks - 1) * C).to(tl.int64)
+    next_b = tl.load(beta + (at + rows) * se_n, mask=(at + rows < n) & (chunks > 0), other=0.0)
+    if DECAY:
+        next_p = tl.load(P + at + rows, mask=(rows >= 0) & (chunks > 0), other=0.0)
+        next_total = tl.load(P + at + C - 1, mask=chunks > 0, other=0.0)
+    for i in range(0, chunks):
+        at = ((chunks - 1 - i) * C).to(tl.int64)
+        tk = load_tile(k, sk_n, at + rows, n, ds, D, BD).to(MT)
+        tq = load_tile(q, sq_n, at + rows, n, ds, D, BD).to(MT)
+        td = load_tile(do, sd_n, at + rows, n, vs, V, VP).to(MT)
+        tm = tl.load(M + at * C + rows[:, None] * C + rows[None, :]).to(MT)
+        tx = load_tile(x, H * V, at + rows, n, vs, V, VP)
+        b = next_b.to(tl.float32)[:, None]
+        next_b = tl.load(beta + (at - C + rows) * se_n, mask=(rows >= 0) & (i + 1 < chunks), other=0.0)
+        source = td
         if DECAY:
-            next_p = tl.load(P + at + rows, mask=(rows >= 0) & (trips > 0), other=0.0)
-            next_total = tl.load(P + at + C - 1, mask=trips > 0, other=0.0)
-        for i in range(0, trips):
-            at = ((chunks - 1 - i) * C).to(tl.int64)
-            tk = load_tile(k, sk_n, at + rows, n, ds, D, BD).to(MT)
-            tq = load_tile(q, sq_n, at + rows, n, ds, D, BD).to(MT)
-            td = load_tile(do, sd_n, at + rows, n, vs, V, VP).to(MT)
-            tm = tl.load(M + at * C + rows[:, None] * C + rows[None, :]).to(MT)
-            tx = load_tile(x, H * V, at + rows, n, vs, V, VP)
-            b = next_b.to(tl.float32)[:, None]
-            next_b = tl.load(beta + (at - C + rows) * se_n, mask=(rows >= 0) & (i + 1 < trips), other=0.0)
-            source = td
-            if DECAY:
-                p, total = next_p, next_total
-                next_p = tl.load(P + at - C + rows, mask=(rows >= 0) & (i + 1 < trips), other=0.0)
-                next_total = tl.load(P + at - 1, mask=i + 1 < trips, other=0.0)
-                enter = tl.exp2((total - p if EXACT else -p).to(tl.float32))[:, None]
-                leave = tl.exp2(p.to(tl.float32))[:, None]
-                source = (td * leave).to(MT)
+            p, total = next_p, next_total
+            next_p = tl.load(P + at - C + rows, mask=(rows >= 0) & (i + 1 < chunks), other=0.0)
+            next_total = tl.load(P + at - 1, mask=i + 1 < chunks, other=0.0)
+            enter = tl.exp2((total - p if EXACT else -p).to(tl.float32))[:, None]
+            leave = tl.exp2(p.to(tl.float32))[:, None]
+            source = (td * leave).to(MT)
 
-            if DECAY and EXACT:
-                read = S.to(MT)
+        if EXACT:
+            read = S.to(MT)
+            S *= tl.exp2(total.to(tl.float32))
+        else:
+            if DECAY:
                 S *= tl.exp2(total.to(tl.float32))
-            else:
-                if DECAY:
-                    S *= tl.exp2(total.to(tl.float32))
-                read = S.to(MT)
-            y = tl.dot(tk, read, input_precision=IP)
-            scores = tl.dot(tk, tl.trans(tq), input_precision=IP)
-            if DECAY and EXACT:
-                y = tl.dot((scores * pair_weights(total - p, keep)).to(MT), td, y * enter, input_precision=IP)
-            else:
-                y = tl.dot(tl.where(keep, scores, 0.0).to(MT), source, y, input_precision=IP)
-                if DECAY:
-                    y *= enter
-            S = tl.dot(tl.trans(tq), source, S, input_precision=IP)
-            du = y - tl.dot(tl.trans(tm), (y * b).to(MT), input_precision=IP)
-            tw = du * -b
-            S = tl.dot(tl.trans(tk), (tw * leave if DECAY else tw).to(MT), S, input_precision=IP)
-            tx = tx.to(tl.float32)
-            store_tile(dv, H * V, at + rows, n, vs, V, VP, tw * -scale)
-            store_tile(w, H * V, at + rows, n, vs, V, VP, tw)
-            store_tile(u, H * V, at + rows, n, vs, V, VP, tx * b)
-            tl.store(dots + at + rows, tl.sum(tx * du, 1) * scale, mask=at + rows < n)
+            read = S.to(MT)
+        y = tl.dot(tk, read, input_precision=IP)
+        scores = tl.dot(tk, tl.trans(tq), input_precision=IP)
+        if EXACT:
+            y = tl.dot((scores * pair_weights(total - p, keep)).to(MT), td, y * enter, input_precision=IP)
+        else:
+            y = tl.dot(tl.where(keep, scores, 0.0).to(MT), source, y, input_precision=IP)
+            if DECAY:
+                y *= enter
+        S = tl.dot(tl.trans(tq), source, S, input_precision=IP)
+        du = y - tl.dot(tl.trans(tm), (y * b).to(MT), input_precision=IP)
+        tw = du * -b
+        S = tl.dot(tl.trans(tk), (tw * leave if DECAY else tw).to(MT), S, input_precision=IP)
+        tx = tx.to(tl.float32)
+        store_tile(dv, H * V, at + rows, n, vs, V, VP, tw * -scale)
+        store_tile(w, H * V, at + rows, n, vs, V, VP, tw)
+        store_tile(u, H * V, at + rows, n, vs, V, VP, tx * b)
+        tl.store(dots + at + rows, tl.sum(tx * du, 1) * scale, mask=at + rows < n)
 
     if FINAL:
         tl.store(final + cell, S, mask=inside)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from subquad.ops.common import CHUNK, cdiv, padded
 from subquad.ops.delta import kernels
 from subquad.ops.launch import INTERPRETED, bits_of, choose, config, remembered
 from subquad.ops.launcher import Grid, Launcher, launcher
-from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots
+from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots, ways
 
 
 class Mirrored(NamedTuple):
@@ -60,7 +60,7 @@ def solve(
     x = torch.empty_like(o) if save else None
     last = _last(final, start, 1.0, q, heads, columns, plan.sequences)
     if q.shape[1] and plan.sequences:
-        plan.run(
+        plan.run[0](
             plan.grid, (q, k, v, beta, M, decay.values, cu, start, o, x, last),
             (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), (*beta.stride(), q.shape[1], scale),
         )  # fmt: skip
@@ -78,19 +78,20 @@ def mirror(
     dots = torch.empty(x.shape[0], heads, plan.tiles, x.shape[1], dtype=torch.float32, device=q.device)
     last = _last(final, start, 1 / scale, q, heads, columns, plan.sequences)
     if q.shape[1] and plan.sequences:
-        plan.run(
-            plan.grid, (q, k, do, beta, M, decay.values, cu, start, x, u, w, dv, dots, last),
-            (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3]), (*beta.stride(), q.shape[1], scale, 1 / scale),
-        )  # fmt: skip
+        for launch in plan.run:
+            launch(
+                plan.grid, (q, k, do, beta, M, decay.values, cu, start, x, u, w, dv, dots, last),
+                (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3]), (*beta.stride(), q.shape[1], scale, 1 / scale),
+            )  # fmt: skip
     return Mirrored(u, w, dv, dots, last)
 
 
 class _Plan(NamedTuple):
-    """The launch of a solve."""
+    """The launches of a solve."""
 
     sequences: int
     tiles: int
-    run: Launcher
+    run: list[Launcher]
     grid: Grid
 
 
@@ -112,13 +113,15 @@ def _made(
     """Found again by position, as the host has less time than the kernels take."""
     row, _ = choose(name, width, columns, bits_of(dtype), device, family, sequences * heads, 1)
     tile, decays = min(row.columns, padded(columns)), family != "none"
-    own = {"GV": heads // v_heads, "SAVE": save} if name == "solve" else {}
-    run = launcher(
-        kernels.solve_kernel if name == "solve" else kernels.mirror_kernel, H=heads, GQ=heads // q_heads, GK=heads // k_heads, **own,
-        D=width, V=columns, BD=padded(width), BV=tile, C=CHUNK, DECAY=decays, BOTH=decays and both, START=started, FINAL=final,
-        PACKED=packed, WIDE=dtype == torch.float16, IP="tf32x3" if dtype == torch.float32 else "tf32",
-        num_warps=row.warps, num_stages=row.stages,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "H": heads, "GQ": heads // q_heads, "GK": heads // k_heads, "D": width, "V": columns, "BD": padded(width), "BV": tile, "C": CHUNK,
+        "DECAY": decays, "START": started, "FINAL": final, "PACKED": packed, "WIDE": dtype == torch.float16,
+        "IP": "tf32x3" if dtype == torch.float32 else "tf32", "num_warps": row.warps, "num_stages": row.stages,
+    }  # fmt: skip
+    if name == "solve":
+        run = [launcher(kernels.solve_kernel, GV=heads // v_heads, SAVE=save, BOTH=decays and both, **common)]
+    else:
+        run = [launcher(kernels.mirror_kernel, **way, **common) for way in ways(decays, both)]
     tiles = cdiv(columns, tile)
     return _Plan(sequences, tiles, run, (tiles * sequences * heads, 1, 1))
 

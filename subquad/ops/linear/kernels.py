@@ -7,7 +7,7 @@ The delta rule's gradients are such passes too; some are strict, s ≠ t.
 
 A decay per channel weighs the rows of the state (`CHANNEL`) in o and v̇, and its columns (`COLUMN`) in q̇ and k̇; the tokens
 come weighed from `weigh.py`. Decays per token weigh pairs by a product, 2^(g_t − g_C) · 2^(g_C − g_s), or where that would
-overflow one by one.
+overflow one by one: each way is a launch of its own, which leaves the other's segments alone.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def pass_kernel(
     N, segments, scale, start_scale,
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
     ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, BOTH: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, START: tl.constexpr,
+    DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, START: tl.constexpr,
     FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
     PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,8 @@ def pass_kernel(
         add: with ADD ``[B, N, H, V]``, contiguous: joins the output. STRICT leaves each token's own source out of it.
         P: decays as log2: per token `sums_kernel`'s, per channel the totals of `weigh_kernel`.
         risky: per channel, marks of the chunks whose pairs are left out.
-        BOTH: per token, weigh pairs by products where no chunk of the segment decays much; otherwise one by one.
+        EXACT: per token, weigh pairs one by one, not by products, which overflow where a chunk decays much.
+        OTHER: leave each segment for which that is not the way to the other launch.
         start, final: states ``[sequences, heads, segments, D, V]`` before and after. Heads of a group of GS share one; with
             ONCE, as for gradients, the start enters the first of a group, and each head has its own final.
         LEFT: per token, weigh and round b, not c, where they enter the state, as the row sums of the backward do: what a final
@@ -131,9 +132,9 @@ def pass_kernel(
         pw, in_p = ds if DECAY == CHANNEL else rows, (ds < D) if DECAY == CHANNEL else (rows >= 0)
     if DECAY == COLUMN:
         pw, in_p = vs, vs < V
-    by_one = False
-    if DECAY == TOKEN and BOTH:
-        by_one = decays_much(P, count, C)
+    if DECAY == TOKEN and OTHER:  # noqa: SIM102
+        if decays_much(P, count, C) != EXACT:
+            return
 
     S = tl.zeros([BD, BV], tl.float32)
     cell = ds[:, None] * V + vs[None, :]
@@ -145,87 +146,84 @@ def pass_kernel(
     if not OUT:
         passed = tl.zeros([BD if DECAY == CHANNEL else BV], tl.float32)
 
-    # one of two loops runs: with pairs weighed by products of two factors, or one by one
-    for EXACT in tl.static_range(1 if DECAY == TOKEN and not BOTH else 0, 2 if DECAY == TOKEN else 1):
-        trips = tl.where(by_one == (EXACT == 1), count, 0) if DECAY == TOKEN and BOTH else count
-        if DECAY >= TOKEN:  # loaded a chunk ahead
-            j = count - 1 if REVERSE else 0
-            next_p = tl.load(P + j * PW + pw, mask=in_p & (trips > 0), other=0.0)
+    if DECAY >= TOKEN:  # loaded a chunk ahead
+        j = count - 1 if REVERSE else 0
+        next_p = tl.load(P + j * PW + pw, mask=in_p & (count > 0), other=0.0)
+        if DECAY == TOKEN:
+            next_last = tl.load(P + j * PW + C - 1, mask=count > 0, other=0.0)
+        else:
+            next_last = tl.load(risky + j, mask=count > 0, other=0)
+    for i in range(0, count):
+        j = count - 1 - i if REVERSE else i
+        at = ((i_s * per + j) * C).to(tl.int64)
+        left = n - (i_s * per + j) * C
+        tb = load_tile(b + at * sb_n, sb_n, rows, left, ds, D, BD).to(MT)
+        tc = load_tile(c + at * sc_n, sc_n, rows, left, vs, V, VP).to(MT)
+        if OUT:
+            ta = load_tile(a + at * sa_n, sa_n, rows, left, ds, D, BD).to(MT)
+        if DOT:
+            tx = load_tile(x + at * sx_n, sx_n, rows, left, vs, V, VP)
+        if ADD:
+            added = load_tile(add + at * (H * V), H * V, rows, left, vs, V, VP)
+
+        # weights: p reads the state before, total − p enters the state after, total carries the state over the chunk
+        p, kept, source = rows, seen, tc
+        if DECAY >= TOKEN:
+            p, last = next_p, next_last
+            ahead = j - 1 if REVERSE else j + 1
+            next_p = tl.load(P + ahead * PW + pw, mask=in_p & (i + 1 < count), other=0.0)
             if DECAY == TOKEN:
-                next_last = tl.load(P + j * PW + C - 1, mask=trips > 0, other=0.0)
+                total = last
+                next_last = tl.load(P + ahead * PW + C - 1, mask=i + 1 < count, other=0.0)
             else:
-                next_last = tl.load(risky + j, mask=trips > 0, other=0)
-        for i in range(0, trips):
-            j = count - 1 - i if REVERSE else i
-            at = ((i_s * per + j) * C).to(tl.int64)
-            left = n - (i_s * per + j) * C
-            tb = load_tile(b + at * sb_n, sb_n, rows, left, ds, D, BD).to(MT)
-            tc = load_tile(c + at * sc_n, sc_n, rows, left, vs, V, VP).to(MT)
-            if OUT:
-                ta = load_tile(a + at * sa_n, sa_n, rows, left, ds, D, BD).to(MT)
-            if DOT:
-                tx = load_tile(x + at * sx_n, sx_n, rows, left, vs, V, VP)
+                next_last = tl.load(risky + ahead, mask=i + 1 < count, other=0)
+        full = S
+        if DECAY == TOKEN:
+            p = total - p if REVERSE else p
+            enters = tl.exp2((total - p).to(tl.float32))[:, None]
+            source = (tc * enters).to(MT)
+            row = tl.exp2((p if EXACT else p - total).to(tl.float32))[:, None]
+            S *= tl.exp2(total.to(tl.float32))
+            full = full if EXACT else S
+        if DECAY >= CHANNEL:
+            kept = seen & (last == 0)
+            base = tl.exp2(tl.where(last == 0, p, 0.0))
+            whole = tl.exp2(tl.where(last == 0, 0.0, p)) if REVERSE else tl.exp2(p)
+            base = base[:, None] if DECAY == CHANNEL else base[None, :]
+            full = S if REVERSE else S * base
+            S *= whole[:, None] if DECAY == CHANNEL else whole[None, :]
+
+        read, rest = in_two(full, MT) if SPLIT else (full.to(MT), tc)
+        if OUT:
+            scores = tl.dot(ta, tl.trans(tb), input_precision=IP)
+            acc = read_state(ta, read, rest, SPLIT, IP)
+        if DECAY == TOKEN and LEFT:
+            S = tl.dot(tl.trans((tb * enters).to(MT)), tc, S, input_precision=IP)
+        else:
+            S = tl.dot(tl.trans(tb), source, S, input_precision=IP)
+        if DOT:
+            tx = tx.to(tl.float32)
+            if EXACT:
+                products = acc * (rounded(tx * row, MT) - tx * row)
+            else:
+                mirrored = rounded(tx * tl.exp2(p.to(tl.float32))[:, None], MT)
+        if OUT:
+            acc = acc * row if EXACT else acc
+            acc = add_pairs(acc, scores, p, kept, tc, source, EXACT, MT, IP)
+        if DECAY >= CHANNEL and REVERSE:
+            S *= base
+
+        if DOT:
+            products = products + acc * tx if EXACT else acc * mirrored
+            factor = scale if EXACT else scale * tl.exp2(-total.to(tl.float32))
+            tl.store(dots + at + rows, tl.sum(products, 1) * factor, mask=rows < left)
+        if OUT:
+            acc *= row * scale if DECAY == TOKEN and not EXACT else scale
             if ADD:
-                added = load_tile(add + at * (H * V), H * V, rows, left, vs, V, VP)
-
-            # weights: p reads the state before, total − p enters the state after, total carries the state over the chunk
-            p, kept, source = rows, seen, tc
-            if DECAY >= TOKEN:
-                p, last = next_p, next_last
-                ahead = j - 1 if REVERSE else j + 1
-                next_p = tl.load(P + ahead * PW + pw, mask=in_p & (i + 1 < trips), other=0.0)
-                if DECAY == TOKEN:
-                    total = last
-                    next_last = tl.load(P + ahead * PW + C - 1, mask=i + 1 < trips, other=0.0)
-                else:
-                    next_last = tl.load(risky + ahead, mask=i + 1 < trips, other=0)
-            full = S
-            if DECAY == TOKEN:
-                p = total - p if REVERSE else p
-                enters = tl.exp2((total - p).to(tl.float32))[:, None]
-                source = (tc * enters).to(MT)
-                row = tl.exp2((p if EXACT else p - total).to(tl.float32))[:, None]
-                S *= tl.exp2(total.to(tl.float32))
-                full = full if EXACT else S
-            if DECAY >= CHANNEL:
-                kept = seen & (last == 0)
-                base = tl.exp2(tl.where(last == 0, p, 0.0))
-                whole = tl.exp2(tl.where(last == 0, 0.0, p)) if REVERSE else tl.exp2(p)
-                base = base[:, None] if DECAY == CHANNEL else base[None, :]
-                full = S if REVERSE else S * base
-                S *= whole[:, None] if DECAY == CHANNEL else whole[None, :]
-
-            read, rest = in_two(full, MT) if SPLIT else (full.to(MT), tc)
-            if OUT:
-                scores = tl.dot(ta, tl.trans(tb), input_precision=IP)
-                acc = read_state(ta, read, rest, SPLIT, IP)
-            if DECAY == TOKEN and LEFT:
-                S = tl.dot(tl.trans((tb * enters).to(MT)), tc, S, input_precision=IP)
-            else:
-                S = tl.dot(tl.trans(tb), source, S, input_precision=IP)
-            if DOT:
-                tx = tx.to(tl.float32)
-                if EXACT:
-                    products = acc * (rounded(tx * row, MT) - tx * row)
-                else:
-                    mirrored = rounded(tx * tl.exp2(p.to(tl.float32))[:, None], MT)
-            if OUT:
-                acc = acc * row if EXACT else acc
-                acc = add_pairs(acc, scores, p, kept, tc, source, EXACT, MT, IP)
-            if DECAY >= CHANNEL and REVERSE:
-                S *= base
-
-            if DOT:
-                products = products + acc * tx if EXACT else acc * mirrored
-                factor = scale if EXACT else scale * tl.exp2(-total.to(tl.float32))
-                tl.store(dots + at + rows, tl.sum(products, 1) * factor, mask=rows < left)
-            if OUT:
-                acc *= row * scale if DECAY == TOKEN and not EXACT else scale
-                if ADD:
-                    acc += added.to(tl.float32)
-                store_tile(o + at * (H * V), H * V, rows, left, vs, V, VP, acc)
-            elif DECAY:
-                passed += p if DECAY >= CHANNEL else total
+                acc += added.to(tl.float32)
+            store_tile(o + at * (H * V), H * V, rows, left, vs, V, VP, acc)
+        elif DECAY:
+            passed += p if DECAY >= CHANNEL else total.to(tl.float32)
 
     if FINAL:
         if ONCE or not OUT:

@@ -40,6 +40,13 @@ class Passed(NamedTuple):
     dots: Tensor | None
 
 
+def ways(decays: bool, both: bool) -> list[dict[str, bool]]:
+    """Constants of the launches for decays per token: products first, then one by one what these leave."""
+    if decays and both:
+        return [{"EXACT": False, "OTHER": True}, {"EXACT": True, "OTHER": True}]
+    return [{"EXACT": decays, "OTHER": False}]
+
+
 def sums_like(log_decay: Tensor, like: Tensor, cu: Tensor | None) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of the P of decays per head or token."""
     exact = like.dtype == torch.float32 or (
@@ -117,24 +124,26 @@ def linear_pass(
     tensors = a, b, c, x, add, decay.values, decay.risky, cu
     by = (*a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *strides(x))
     if plan.segments == 1:
-        plan.run(plan.grid, (*tensors, start, o, last, sums, None), by, (tokens, 1, scale, start_scale))
+        for launch in plan.run:
+            launch(plan.grid, (*tensors, start, o, last, sums, None), by, (tokens, 1, scale, start_scale))
         return Passed(o, last, sums)
     states = torch.empty(sequences, plan.state_heads, plan.segments, width, columns, dtype=torch.float32, device=device)
     channels = width if decay.kind == "channel" and not column else columns
     totals = torch.empty(*states.shape[:3], channels, dtype=torch.float32, device=device) if decay.values is not None else None
     plan.add(plan.add_grid, (*tensors, None, None, states, None, totals), by, (tokens, plan.segments, scale, 1.0))
     plan.join(plan.join_grid, (states, totals, start, last), (), (plan.segments, start_scale))
-    plan.run(plan.grid, (*tensors, states, o, None, sums, None), by, (tokens, plan.segments, scale, 1.0))
+    for launch in plan.run:
+        launch(plan.grid, (*tensors, states, o, None, sums, None), by, (tokens, plan.segments, scale, 1.0))
     return Passed(o, last, sums)
 
 
 class _Plan(NamedTuple):
-    """The launches of a pass: one, or three where it is cut into segments, which add, join and run."""
+    """The launches of a pass; where it is cut into segments, they first add and join."""
 
     segments: int
     tiles: int
     state_heads: int
-    run: Launcher
+    run: list[Launcher]
     grid: Grid
     add: Launcher
     add_grid: Grid
@@ -155,11 +164,11 @@ def _plan(
     tiles, state_heads, whole = cdiv(columns, tile), heads if once else heads // group, segments == 1
     kind, bf16 = {"none": 0, "scalar": 1, "channel": 3 if column else 2}[family], dtype == torch.bfloat16
 
-    def launch(n: int, grouped: int, out: bool) -> Launcher:
+    def launch(n: int, grouped: int, out: bool, **way: bool) -> Launcher:
         per_head = dict(zip(("GA", "GB", "GC", "GX", "GP"), (max(1, n // x) for x in (a_heads, b_heads, c_heads, x_heads, decay_heads))))
         return launcher(
             kernels.pass_kernel, H=n, **per_head, GS=grouped, ONCE=once and whole and (started or final), D=width, V=columns,
-            BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, BOTH=both, REVERSE=reverse, STRICT=strict, START=out and (started or not whole),
+            BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, **way, REVERSE=reverse, STRICT=strict, START=out and (started or not whole),
             FINAL=(final and whole) or not out, LEFT=left and bf16, OUT=out, ADD=out and add, DOT=out and dots,
             SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16, IP="tf32x3" if dtype == torch.float32 else "tf32",
             num_warps=rows.warps, num_stages=rows.stages,
@@ -172,8 +181,9 @@ def _plan(
     )  # fmt: skip
     return _Plan(
         segments, tiles, state_heads,
-        launch(heads, group if whole or not once else 1, True), (tiles * segments * sequences * heads, 1, 1),
-        launch(state_heads, 1, False), (tiles * segments * sequences * state_heads, 1, 1),
+        [launch(heads, group if whole or not once else 1, True, **way) for way in ways(kind == 1, both)],
+        (tiles * segments * sequences * heads, 1, 1),
+        launch(state_heads, 1, False, EXACT=False, OTHER=False), (tiles * segments * sequences * state_heads, 1, 1),
         join, (sequences * state_heads, cdiv(width * columns, block), 1),
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from kernel_cases import FEW, FLAT, FORMS, LONG, LONGER, LONGEST, NARROW, Shape
+from kernel_sanitize import TOOLS
 
 MS: dict[tuple[str, Shape], tuple[float, float]] = {  # on the device: forward, forward and backward
     **{(form, shape): (0.112, 0.42) for form in ("linear", "linear per head") for shape in (FLAT, NARROW)},
@@ -40,7 +41,16 @@ class Bar(NamedTuple):
 
 def bars(result: dict[str, Any]) -> list[Bar]:
     """All bars, in the order of the sections."""
-    return [*_checks(result), *_step(result), *_ms(result), *_growth(result), *_softmax(result), *_memory(result), *_first(result)]
+    return [
+        *_checks(result),
+        *_sanitize(result),
+        *_step(result),
+        *_ms(result),
+        *_growth(result),
+        *_softmax(result),
+        *_memory(result),
+        *_first(result),
+    ]
 
 
 def _timed(result: dict[str, Any], section: str, name: str, shape: Shape, way: str) -> float | None:
@@ -63,6 +73,11 @@ def _checks(result: dict[str, Any]) -> Iterator[Bar]:
     }
     for what, met in missed.items():
         yield Bar(what, 0, met.count(False) if met else None)
+
+
+def _sanitize(result: dict[str, Any]) -> Iterator[Bar]:
+    for tool in TOOLS:
+        yield Bar(f"what compute-sanitizer's {tool} finds", 0, _part(result, "sanitize").get("found", {}).get(tool))
 
 
 def _step(result: dict[str, Any]) -> Iterator[Bar]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,10 +12,12 @@ from common import Report
 from kernel_cases import FORMS, Form, Inputs, Shape, inputs
 from torch import Tensor
 
+from subquad.ops import launch
 from subquad.ops.delta.reference import delta_rule
 from subquad.ops.linear.reference import linear_attention
 
 SHAPES: list[Shape] = [(2, 200, 2, 64), (1, 333, 2, 128), (2, 130, 3, 48), (1, 77, 2, 80), (1, 1100, 1, 64)]
+REGIMES = "many", "few", "cut"  # which rows of the launch table are taken, at both head dims of it: all of its tiles
 TRY_SHAPES: list[Shape] = [(1, 70, 1, 16)]
 RESULTS = ("o", "state", "dq", "dk", "dv", "dlog_decay", "dbeta", "dinitial_state")
 FLOAT32 = 1e-5, 1e-4  # largest relative error of outputs and of gradients for float32 inputs
@@ -23,6 +27,11 @@ REPEATS = 10
 
 def check_shapes(cuda: bool, quick: bool) -> list[Shape]:
     return TRY_SHAPES if not cuda else SHAPES[1:2] if quick else SHAPES
+
+
+def tiled(cuda: bool, quick: bool) -> list[tuple[Shape, str]]:
+    """Shapes, and the rows of the launch table that they are checked with."""
+    return [((*check_shapes(cuda, quick)[0][:3], dim), regime) for dim in ((64, 128) if cuda else (16,)) for regime in REGIMES]
 
 
 def results(call: Callable[..., Any], x: Inputs, dtype: torch.dtype) -> Inputs:
@@ -52,12 +61,18 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
 
+@lru_cache(32)
+def wanted(form: Form, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Inputs, Inputs]:
+    """The definition's results in float64, and in float32."""
+    x = inputs(form, shape, device, dtype, state=True)
+    exact, plain = (results(define(form), {name: t.to(wide) for name, t in x.items()}, dtype) for wide in (torch.float64, torch.float32))
+    return exact, plain
+
+
 def compare(form: Form, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Each result's error, its ratio to that of the definition in float32 rounded to `dtype`, and whether all are within bounds."""
-    x = inputs(form, shape, device, dtype, state=True)
-    exact = results(define(form), {name: t.double() for name, t in x.items()}, dtype)
-    plain = results(define(form), {name: t.float() for name, t in x.items()}, dtype)
-    ours = results(form, x, dtype)
+    exact, plain = wanted(form, shape, dtype, device)
+    ours = results(form, inputs(form, shape, device, dtype, state=True), dtype)
     errors = {name: error(ours[name], exact[name]) for name in exact}
     ratios = {name: errors[name] / max(error(plain[name].to(dtype), exact[name]), 1e-30) for name in exact}
     if dtype == torch.float32:
@@ -89,21 +104,37 @@ def repeats(form: Form, shape: Shape, device: torch.device) -> bool:
     return True
 
 
+@contextmanager
+def rows(regime: str) -> Iterator[None]:
+    """Only the rows of the launch table for many programs, only those for few, or sequences cut into segments."""
+    before, segment = dict(launch.TABLE), launch.SEGMENT
+    if regime == "cut":
+        launch.SEGMENT = 2
+    one = regime == "few"
+    launch.use({key: (pair[one], pair[one]) for key, pair in before.items()} if regime != "cut" else {})
+    try:
+        yield
+    finally:
+        launch.SEGMENT = segment
+        launch.use(before)
+
+
 def check(bench: Report, device: torch.device, quick: bool) -> dict[str, Any]:
     """All forms, dtypes and shapes; errors, and in brackets their ratio to the plain computation's."""
     shapes = check_shapes(device.type == "cuda", quick)
     found: dict[str, Any] = {"cases": [], "extreme": {}, "repeats": {}}
     add = bench.table(
-        "Relative error against float64, and its ratio to that of plain float32 rounded", "form", "shape", "dtype", *RESULTS, ""
+        "Relative error against float64, and its ratio to that of plain float32 rounded", "form", "shape", "dtype", "rows", *RESULTS, ""
     )
     for name, form in FORMS.items():
-        for shape in shapes:
-            for dtype in (torch.float32, torch.bfloat16):
+        plan = [(shape, dtype, "") for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+        for shape, dtype, regime in plan + [(shape, torch.bfloat16, regime) for shape, regime in tiled(device.type == "cuda", quick)]:
+            with rows(regime) if regime else nullcontext():
                 case = compare(form, shape, dtype, device)
-                word = str(dtype).removeprefix("torch.")
-                found["cases"].append({"form": name, "shape": shape, "dtype": word, **case})
-                cells = (f"{case['errors'][r]:.1e} ({case['ratios'][r]:.1f})" if r in case["errors"] else "" for r in RESULTS)
-                add(name, str(list(shape)), word, *cells, "met" if case["met"] else "missed")
+            word = str(dtype).removeprefix("torch.")
+            found["cases"].append({"form": name, "shape": shape, "dtype": word, "rows": regime, **case})
+            cells = (f"{case['errors'][r]:.1e} ({case['ratios'][r]:.1f})" if r in case["errors"] else "" for r in RESULTS)
+            add(name, str(list(shape)), word, regime, *cells, "met" if case["met"] else "missed")
     add = bench.table("Extreme gates, repeated runs", "form", "finite with gates of 0 and 1", f"{REPEATS} runs bit-identical")
     for name, form in FORMS.items():
         found["extreme"][name] = extreme(form, shapes[0], device)

@@ -19,6 +19,7 @@ SMALL: list[tuple[Shape, torch.dtype]] = [
     ((2, 33, 2, 48), torch.float32),
 ]
 TOOLS = "memcheck", "racecheck"
+SECONDS = 160  # each, side by side
 
 
 def small(device: torch.device) -> None:
@@ -43,8 +44,8 @@ def small(device: torch.device) -> None:
     torch.cuda.synchronize()
 
 
-def sanitize(bench: Report) -> dict[str, str]:
-    """The last word of each tool."""
+def sanitize(bench: Report) -> dict[str, Any]:
+    """What each tool says, and how many errors or hazards it found."""
     add = bench.table("compute-sanitizer on small inputs", "tool", "says")
     program = shutil.which("compute-sanitizer")
     if program is None:
@@ -52,15 +53,18 @@ def sanitize(bench: Report) -> dict[str, str]:
 
     def one(tool: str) -> str:
         words = [program, "--tool", tool, "--target-processes", "all", sys.executable, str(__file__)]
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
         said = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", done.stdout + done.stderr)
-        return said[-1] if said else f"no summary: {(done.stdout + done.stderr).strip()[-300:]}"
+        if done.returncode or not said:
+            raise RuntimeError(f"{tool} ended with {done.returncode}: {(done.stdout + done.stderr).strip()[-300:]}")
+        return said[-1]
 
     with ThreadPoolExecutor(len(TOOLS)) as pool:
-        found = dict(zip(TOOLS, pool.map(one, TOOLS)))
-    for tool, said in found.items():
-        add(tool, said)
-    return found
+        said = dict(zip(TOOLS, pool.map(one, TOOLS)))
+    for tool, words in said.items():
+        add(tool, words)
+    counts = {tool: int(re.findall(r"(\d+) (?:error|hazard)", words)[0]) for tool, words in said.items()}
+    return {"said": said, "found": counts}
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@
 Sections, each fenced so that a failure is recorded and the rest goes on: `rates` (copy and matrix product), `compile` (all
 kernels, side by side), `checks` (results and gradients against float64), `step` (decoding, against copying the states),
 `speed` (forward, and forward and backward, against floors and bars), `softmax` (against cuDNN and FlashAttention-2 at 16k
-tokens), `length` (time from 512 tokens to a million), `memory`, `first` (the first call on a cold cache), `sanitize` (memory errors and races); then the peers
-(flash-linear-attention; the first call of each takes a minute or two, side by side) and which bars are met. The result
-file is written anew after each section.
+tokens), `length` (time from 512 tokens to a million), `memory`, `first` (the first call on a cold cache), `sanitize`
+(memory errors and races); then the peers (flash-linear-attention; the first call of each takes a minute or two, side by
+side) and which bars are met. The result file is written anew after each section.
 
 Every timing is given twice: on the device, as calls captured in a CUDA graph take it, and as called from Python, where launches
 and autograd may take longer than the kernels.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -39,14 +38,14 @@ import torch
 from common import RESULTS, ROOT, Report, failure, slug
 from kernel_bars import FASTER_FROM, MS, bars
 from kernel_cases import FEW, FLAT, FORMS, LONG, LONGEST, PEERS, SOFTMAX, STATES, TIMED, Inputs, Shape, floor_bytes, inputs, leaves
-from kernel_checks import check, check_shapes, results
+from kernel_checks import REGIMES, check, check_shapes, results, rows, tiled
 from kernel_sanitize import sanitize
 from torch import Tensor
 
 from subquad.bench.machine import peak_bytes, synchronize
 
 SECONDS = {
-    "rates": 20, "compile": 150, "checks": 120, "step": 30, "speed": 90, "softmax": 60, "length": 90, "memory": 40, "first": 150,
+    "rates": 20, "compile": 150, "checks": 150, "step": 30, "speed": 90, "softmax": 60, "length": 90, "memory": 40, "first": 150,
     "sanitize": 170, "bars": 5,
 }  # fmt: skip
 PEER_SECONDS = 170  # each
@@ -96,8 +95,8 @@ class Bench(Report):
             taken.append(1000 * (time.perf_counter() - start))
         return statistics.median(taken)
 
-    def device_ms(self, call: Callable[[], Any], grown: Inputs | None = None) -> float | None:
-        """Median milliseconds on the device: of calls captured in a CUDA graph. None where a call cannot be captured."""
+    def device_ms(self, call: Callable[[], Any], grown: Inputs | None = None) -> float:
+        """Median milliseconds on the device: of calls captured in a CUDA graph."""
         if not self.cuda:
             return self.ms(call, grown)
         from triton.testing import do_bench_cudagraph
@@ -105,9 +104,6 @@ class Bench(Report):
         learned = [t for t in (grown or {}).values() if t.requires_grad]
         try:
             return float(do_bench_cudagraph(call, rep=10 if self.quick else 40, grad_to_none=learned or None, return_mode="median"))
-        except (RuntimeError, torch.AcceleratorError):
-            torch.cuda.synchronize()
-            return None
         finally:
             for t in learned:
                 t.grad = None
@@ -181,6 +177,7 @@ def rates(bench: Bench) -> dict[str, float]:
 def parts(name: str, cuda: bool, quick: bool) -> list[tuple[str, Shape]]:
     """What to run once so that all kernels of a form's checks and timings are compiled: dtypes and shapes."""
     checked = [(dtype, shape) for shape in check_shapes(cuda, quick) for dtype in ("float32", "bfloat16")]
+    checked += [(regime, shape) for shape, regime in tiled(cuda, quick)]
     return [*checked, ("step", STATES), *(("timed", shape) for shape, names in TIMED if name in names and shape != LONGEST)]
 
 
@@ -194,6 +191,9 @@ def warm_up(name: str, part: int, device: str, quick: bool) -> None:
     elif kind == "timed":
         grown = leaves(form, inputs(form, shape if device == "cuda" else TRY, device))
         form(grown).sum().backward()
+    elif kind in REGIMES:
+        with rows(kind):
+            results(form, inputs(form, shape, device, torch.bfloat16, state=True), torch.bfloat16)
     else:
         dtype = getattr(torch, kind)
         results(form, inputs(form, shape, device, dtype, state=True), dtype)
@@ -228,7 +228,7 @@ def step(bench: Bench) -> dict[str, Any]:
     add("copying the states", f"{found['copy_ms']:.3f}", "")
     for name, form in FORMS.items():
         x = [inputs(form, (batch, tokens, heads, dim), bench.device) | {"initial_state": state} for tokens in (1, 4)]
-        taken = [bench.device_ms(partial(form, one, return_state=True)) or math.nan for one in x]
+        taken = [bench.device_ms(partial(form, one, return_state=True)) for one in x]
         found[name] = {"ms": taken, "ratio": [ms / found["copy_ms"] for ms in taken]}
         add(name, *(f"{ms:.3f} ({ms / found['copy_ms']:.2f})" for ms in taken))
     return found
@@ -365,7 +365,10 @@ def compile_peers(bench: Bench, names: list[str]) -> dict[str, str]:
 
     def one(name: str) -> str:
         words = [sys.executable, __file__, "--device", bench.device.type, "--warm-peer", name]
-        done = subprocess.run(words, capture_output=True, text=True)
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=PEER_SECONDS - 10)
+        except subprocess.TimeoutExpired:
+            return "out of time"
         return done.stderr.strip().splitlines()[-1] if done.returncode else "compiled"
 
     with ThreadPoolExecutor(len(names)) as pool:

@@ -20,6 +20,7 @@ from subquad.contract import FAMILIES, option_defaults
 
 README = ROOT / "README.md"
 TOKENS = 65536
+LONG = 24  # rows: longer tables stand on the results page only
 LAYER = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # of SmolLM2-135M
 
 
@@ -46,6 +47,8 @@ def results_table() -> str:
     parts = []
     for content in results().values():
         for one in result_tables(content):
+            if len(one["rows"]) > LONG:
+                continue
             parts.append(f"{one['title']} ({stamped(content)})\n\n{table(one['columns'], one['rows'])}")
     return "\n\n".join(parts) or "Not measured yet."
 

@@ -25,7 +25,7 @@ _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device
 
 
 class _Thread(threading.local):
-    jobs: list[tuple[Launcher, Any, tuple[Any, ...]]] | None = None  # kernels that a rehearsal found missing
+    jobs: dict[tuple[Launcher, Any], tuple[Any, ...]] | None = None  # kernels that a rehearsal found missing, and arguments
     strict = False  # raise `Missing` rather than compile
     grad = False  # whether a call is to be differentiated
 
@@ -72,7 +72,7 @@ class Launcher:
         found = self.known.get(key)
         if found is None or _thread.jobs is not None or _watched():
             return self._first(key, grid, tensors, strides, plain)
-        run, function, packed = found
+        run, function, packed, _ = found
         stream = driver.active.get_current_stream(device.index)
         run(*grid, stream, function, packed, None, None, None, *tensors, *strides, *plain, *self.values)
 
@@ -82,7 +82,7 @@ class Launcher:
             if key not in self.known and key not in self.coming:
                 # a dtype stands for an aligned tensor, so that none is kept for as long as the compiler takes
                 like = [x if x is None or x.data_ptr() & 15 else x.dtype for x in tensors]
-                _thread.jobs.append((self, key, (*like, *strides, *plain)))
+                _thread.jobs[self, key] = (*like, *strides, *plain)
             return
         coming = self.coming.pop(key, None)
         if coming is not None:
@@ -91,7 +91,7 @@ class Launcher:
             raise Missing
         compiled = self.kernel[grid](*tensors, *strides, *plain, **self.constants, **self.options)
         if compiled is not None:  # the interpreter has none
-            self.known[key] = compiled.run, compiled.function, compiled.packed_metadata
+            self.known[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled  # which would else be unloaded
 
     def compile(self, device: torch.device, arguments: tuple[Any, ...]) -> None:
         """Compile and load for arguments like these, without a launch."""
@@ -105,32 +105,37 @@ def rehearse(call: Callable[[], Any]) -> None:
 
     Returns at once; a launch waits for its own kernel. Compiled one after another where there is no memory for the rehearsal.
     """
-    _thread.jobs = []
+    before, _thread.jobs = _thread.jobs, {}
     try:
         call()
         jobs = _thread.jobs
     except torch.OutOfMemoryError:
         return
     finally:
-        _thread.jobs = None
+        _thread.jobs = before
     if jobs:
         pool = ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1), thread_name_prefix="subquad-compile")
-        for self, key, arguments in jobs:
+        for (self, key), arguments in jobs.items():
+            if (caches := getattr(self.kernel, "device_caches", None)) is not None:
+                _ = caches[key[0].index]  # made here, as two threads would make two
             self.coming[key] = pool.submit(self.compile, key[0], arguments)
         pool.shutdown(wait=False)
 
 
 def prepared(call: Callable[[], Result], rehearsal: Callable[[], Any]) -> Result:
-    """The call's result; where kernels are missing, it starts anew after `rehearsal` has been rehearsed."""
-    if INTERPRETED:
+    """The call's result; where kernels are missing, it starts anew after `rehearsal` has been rehearsed.
+
+    While a graph is captured nothing may run twice: then kernels are compiled one after another.
+    """
+    if INTERPRETED or torch.cuda.is_current_stream_capturing():
         return call()
-    _thread.strict = True
+    before, _thread.strict = _thread.strict, True
     try:
         return call()
     except Missing:
         pass
     finally:
-        _thread.strict = False
+        _thread.strict = before
     rehearse(rehearsal)
     return call()
 
@@ -142,7 +147,7 @@ def launcher(kernel: Any, *, num_warps: int, num_stages: int = 1, **constants: A
 
 
 class _Context(SimpleNamespace):
-    """Stands for an autograd context while a backward is rehearsed."""
+    """Stands for an autograd context, in a rehearsal and where a backward starts anew: saved tensors may be unpacked only once."""
 
     def save_for_backward(self, *tensors: Any) -> None:
         self.saved_tensors = tensors
@@ -172,7 +177,8 @@ def eager(name: str, forward: Any, setup: Any, backward: Any) -> Any:
         return o, final, *kept
 
     def run_back(ctx: Any, *grads: Any) -> Any:
-        call = partial(backward, ctx, *grads)
+        once = _Context(saved_tensors=ctx.saved_tensors, needs_input_grad=ctx.needs_input_grad, **vars(ctx))
+        call = partial(backward, once, *grads)
         return prepared(call, call)
 
     methods = {"forward": staticmethod(run), "backward": staticmethod(once_differentiable(run_back))}

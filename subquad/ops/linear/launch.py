@@ -72,7 +72,7 @@ def prepare(log_decay: Tensor | None, like: Tensor, cu: Tensor | None, kept: lis
         log_decay = log_decay.expand(batch, tokens, -1)
     shape, dtype = sums_like(log_decay, like, cu)
     sums = torch.empty(shape, dtype=dtype, device=like.device)
-    if sums.numel():
+    if sums.numel() and tokens and count_sequences(like, cu):
         launcher(kernels.sums_kernel, HP=shape[1], C=CHUNK, PACKED=cu is not None, num_warps=1)(
             (chunks(tokens, cu), batch, shape[1]), (log_decay, sums, cu), log_decay.stride(), (tokens, count_sequences(like, cu))
         )  # fmt: skip
@@ -109,7 +109,7 @@ def linear_pass(
     columns, device, sequences = c.shape[3], a.device, count_sequences(a, cu)
     x, start = x if dots else None, None if start is None else start.contiguous()
     plan = _plan(
-        tokens, width, columns, a.shape[2], b.shape[2], c.shape[2], (c if x is None else x).shape[2], a.dtype, device,
+        cdiv(tokens, CHUNK), width, columns, a.shape[2], b.shape[2], c.shape[2], (c if x is None else x).shape[2], a.dtype, device,
         decay.family, column, decay.both, 1 if decay.values is None else decay.values.shape[1], sequences, cu is not None, heads, group,
         once, reverse, strict, start is not None, final, left, add is not None, dots, dots or split,
     )  # fmt: skip
@@ -153,13 +153,13 @@ class _Plan(NamedTuple):
 
 @remembered
 def _plan(
-    tokens: int, width: int, columns: int, a_heads: int, b_heads: int, c_heads: int, x_heads: int, dtype: torch.dtype, device: torch.device,
+    chunks: int, width: int, columns: int, a_heads: int, b_heads: int, c_heads: int, x_heads: int, dtype: torch.dtype, device: torch.device,
     family: str, column: bool, both: bool, decay_heads: int, sequences: int, packed: bool, heads: int, group: int,
     once: bool, reverse: bool, strict: bool, started: bool, final: bool, left: bool, add: bool, dots: bool, split: bool,
 ) -> _Plan:  # fmt: skip
     """Found again by position, as the host has less time than the kernels take."""
     kernel = "heavy" if split or add else "pass"
-    rows, segments = choose(kernel, width, columns, bits_of(dtype), device, family, sequences * heads, cdiv(tokens, CHUNK))
+    rows, segments = choose(kernel, width, columns, bits_of(dtype), device, family, sequences * heads, chunks)
     tile = min(rows.columns, padded(columns))
     tiles, state_heads, whole = cdiv(columns, tile), heads if once else heads // group, segments == 1
     kind, bf16 = {"none": 0, "scalar": 1, "channel": 3 if column else 2}[family], dtype == torch.bfloat16
@@ -169,7 +169,7 @@ def _plan(
         return launcher(
             kernels.pass_kernel, H=n, **per_head, GS=grouped, ONCE=once and whole and (started or final), D=width, V=columns,
             BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, **way, REVERSE=reverse, STRICT=strict, START=out and (started or not whole),
-            FINAL=(final and whole) or not out, LEFT=left and bf16, OUT=out, ADD=out and add, DOT=out and dots,
+            FINAL=(final and whole) or not out, LEFT=left and bf16 and kind == 1, OUT=out, ADD=out and add, DOT=out and dots,
             SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16, IP="tf32x3" if dtype == torch.float32 else "tf32",
             num_warps=rows.warps, num_stages=rows.stages,
         )  # fmt: skip

@@ -366,7 +366,7 @@ def compile_peers(bench: Bench, names: list[str]) -> dict[str, str]:
     def one(name: str) -> str:
         words = [sys.executable, __file__, "--device", bench.device.type, "--warm-peer", name]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=PEER_SECONDS - 10)
+            done = subprocess.run(words, capture_output=True, text=True, timeout=2 * PEER_SECONDS - 10)
         except subprocess.TimeoutExpired:
             return "out of time"
         return done.stderr.strip().splitlines()[-1] if done.returncode else "compiled"
@@ -413,7 +413,7 @@ def run(args: argparse.Namespace) -> int:
     for name in args.only:
         bench.fenced(name, SECTIONS[name], SECONDS[name])
     if bench.cuda and args.peers:
-        bench.fenced("compile peers", partial(compile_peers, names=args.peers), PEER_SECONDS)
+        bench.fenced("compile peers", partial(compile_peers, names=args.peers), 2 * PEER_SECONDS)
     for name in args.peers:
         bench.fenced(f"fla {name}", partial(peer, name=name), PEER_SECONDS)
     if args.peers:

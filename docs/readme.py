@@ -20,7 +20,7 @@ from subquad.contract import FAMILIES, option_defaults
 
 README = ROOT / "README.md"
 TOKENS = 65536
-LONG = 24  # rows: longer tables stand on the results page only
+SHOWN = {"kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention")}  # of long results; the page has all
 LAYER = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # of SmolLM2-135M
 
 
@@ -47,7 +47,7 @@ def results_table() -> str:
     parts = []
     for content in results().values():
         for one in result_tables(content):
-            if len(one["rows"]) > LONG:
+            if not one["title"].startswith(SHOWN.get(content.get("benchmark", ""), "")):
                 continue
             parts.append(f"{one['title']} ({stamped(content)})\n\n{table(one['columns'], one['rows'])}")
     return "\n\n".join(parts) or "Not measured yet."

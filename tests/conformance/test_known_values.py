@@ -155,3 +155,41 @@ def test_rala():
     q, k = tokens([0], [0]), tokens([1], [0])
     row = [2 * math.e / (2 * math.e + 1), 1 / (2 * math.e + 1)]
     expect(weights("rala", q, k, grid=(1, 2)), row, row)
+
+
+def test_mala():
+    # D = 1: φ(q) = 2, φ(k) = (2, 1), so s = (4, 2) and z = 3; a = (4/3 · 4 − 3, 4/3 · 2 − 3) / 2
+    row = [(16 / 3 - 3) / 2, (8 / 3 - 3) / 2]
+    expect(weights("mala", tokens([1], [1]), tokens([1], [0]), grid=(1, 2)), row, row)
+
+
+def test_nalaformer():
+    # signs must agree: the first query sees the first key alone, the second query weighs (½)³ · 3⁄5^p against 1 · 4⁄5^p
+    q, k = tokens([-1, 0], [3, 4]), tokens([-20, 5], [5, 10])  # far above eps
+    p = 3 * (0.5 + math.tanh(5))
+    first, second = 0.8**p * 0.5**3, 0.6**p * 0.5**3 + 0.8**p
+    expect(weights("nalaformer", q, k, grid=(1, 2)), [1, 0], [first / (first + second), second / (first + second)])
+
+
+def test_inline():
+    # D = 1: s = (2, 1) / 2, of mean 3/4; a = s − 3/4 + 1/2
+    expect(weights("inline", tokens([1], [2]), tokens([2], [1]), grid=(1, 2)), [0.75, 0.25], [1, 0])
+
+
+def test_l2vit():
+    # τ = ½; the first row's sum, 3, is under the floor of 4, and the second's, 6, is not
+    found = weights("l2vit", tokens([1], [2]), tokens([2], [1]), parameters={"temperature": 0.5}, options={"floor": 4.0}, grid=(1, 2))
+    expect(found, [0.5 * 2 / 4, 0.5 * 1 / 4], [0.5 * 2 / 3, 0.5 * 1 / 3])
+
+
+def test_lightnet():
+    # the keys' only channel is a softmax over tokens, (3, 1) / 4; silu(1) = 1 / (1 + 1/e)
+    silu = 1 / (1 + math.exp(-1))
+    expect(weights("lightnet", tokens([1], [0]), tokens([LN3], [0]), grid=(1, 2)), [0.75 * silu, 0.25 * silu], [0, 0])
+
+
+@pytest.mark.parametrize("name, last", [("linear-elu", [4 / 6, 2 / 6]), ("linear-relu", [1, 0])])
+def test_plain_linear_attention(name, last):
+    # D = 1: φ = (x + 1) for x ≥ 0, or x: keys 1 and 0, queries 1
+    expect(weights(name, tokens([1], [1]), tokens([1], [0])), [1, 0], last)
+    expect(weights(name, tokens([1], [1]), tokens([1], [0]), options={"causal": False}), last, last)

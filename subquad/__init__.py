@@ -31,6 +31,7 @@ from subquad.contract import (
     register,
 )
 from subquad.convert import hook as _hook  # noqa: F401  importing it lets transformers load saved swapped models
+from subquad.models import vision as _vision  # noqa: F401  importing it lets timm create the vision backbones
 from subquad.rotary import Rotary
 from subquad.state import State
 

@@ -1,4 +1,4 @@
-"""The command line: `subquad list | show | swap | bench | tune | doctor`.
+"""The command line: `subquad list | show | swap | bench | spectrum | tune | doctor`.
 
 Bad input of any kind is one line on standard error and exit status 2. What is heavy is imported inside the commands.
 """
@@ -329,6 +329,32 @@ def bench(
             write_whole(out / "bench.html", bench_page(points, about))
             write_whole(out / "bench.json", json.dumps({"about": about, "points": [asdict(p) for p in points]}, indent=1) + "\n")
         typer.echo(f"Plots: {out / 'bench.html'}; numbers: {out / 'bench.json'}")
+
+
+@app.command("spectrum")
+def spectrum_command(
+    model: Annotated[str, typer.Argument(help="A model of timm, such as vit_tiny_patch16_224, or a backbone of this library.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    mechanism: Annotated[
+        list[str] | None, typer.Option(help="A mechanism with options; repeat for several (default: all for images).")
+    ] = None,
+    size: Annotated[str, typer.Option(help="Side of the images, or rowsxcolumns.")] = "224",
+    weights: Annotated[Path | None, typer.Option(help="Weights of the model, .safetensors or .pth (default: as first made).")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Weights from timm's hub.")] = False,
+    rtol: Annotated[float, typer.Option(help="Singular values above this share of the largest count as rank.")] = 0.01,
+    out: Annotated[Path | None, typer.Option(help="Folder for spectrum.json and spectrum.html, with plots.")] = None,
+) -> None:
+    """Ranks of what attention keeps and gives, layer by layer, for several mechanisms on a model's own q, k and v.
+
+    Examples:
+
+      subquad spectrum vit_tiny_patch16_224 photo.jpg --pretrained --out runs/ranks
+
+      subquad spectrum ravlt_t a.png b.png --mechanism softmax --mechanism rala --size 192x256
+    """
+    from subquad.bench.spectrum_report import run
+
+    run(model, images, mechanism, size, weights, pretrained, rtol, out, _command())
 
 
 @app.command()

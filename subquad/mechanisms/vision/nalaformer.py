@@ -49,7 +49,7 @@ def reference(module: NaLaFormer, q: Tensor, k: Tensor, v: Tensor, *, rotary: Ro
     halves_q = [(sign * q / norm).relu() ** power for sign in (1, -1)]
     halves_k = [(sign * k).relu() ** 3 for sign in (1, -1)]
     tokens = q.shape[1]
-    total = sum(torch.einsum("bnhd,bmhd->bnh", a, b) for a, b in zip(halves_q, halves_k)) / tokens + EPS
+    total = torch.stack([torch.einsum("bnhd,bmhd->bnh", a, b) for a, b in zip(halves_q, halves_k)]).sum(0) / tokens + EPS
     turned = zip(rotate(rotary, *halves_q), rotate(rotary, *halves_k))
-    scores = sum(torch.einsum("bnhd,bmhd->bhnm", a, b) for a, b in turned) / tokens
+    scores = torch.stack([torch.einsum("bnhd,bmhd->bhnm", a, b) for a, b in turned]).sum(0) / tokens
     return torch.einsum("bhnm,bmhv->bnhv", scores, v) / total[..., None]

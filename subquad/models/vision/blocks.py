@@ -1,0 +1,168 @@
+"""What RAVLT and MAViT are made of. Blocks and what is in them take tokens as ``[B, rows, columns, C]``; stem, stages and head
+take ``[B, C, rows, columns]``, in channels-last memory, so that going from one to the other copies nothing.
+
+    block   x += DW3×3(x);   x += γ₁ Attention(LN(x));   x += γ₂ FFN(LN(x))
+    layer   q, k, v, g = x W;   y = ((attend(q, k, v) + DW5×5(v)) ⊙ g) W′
+    FFN     h = GELU(x W);   y = (h + DW3×3(h)) W′
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from subquad.checks import InputError
+from subquad.contract import attention
+from subquad.layers.rotary2d import rala_rotary
+from subquad.rotary import Rotary
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depth-wise convolution of ``[B, rows, columns, C]``, which keeps the shape."""
+
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, drops a whole image's branch at a rate, and scales the others up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+
+class GatedAttention(nn.Module):
+    """A mechanism between its projections, with depth-wise 5×5 local enhancement of v and an output gate without activation."""
+
+    def __init__(self, dim: int, heads: int, mechanism: str) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"causal": False} if mechanism == "softmax" else {}
+        self.qkvg = nn.Linear(dim, 4 * dim)
+        self.attend = attention(mechanism, heads, dim // heads, **options)
+        self.local = DepthwiseConv(dim, 5)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        batch, rows, columns, dim = x.shape
+        q, k, v, gate = self.qkvg(x).chunk(4, -1)
+        heads = (batch, rows * columns, self.attend.heads, self.attend.head_dim)
+        o = self.attend(*(t.reshape(heads) for t in (q, k, v)), rotary=rotary, grid=(rows, columns))
+        return self.proj((o.reshape(batch, rows, columns, dim) + self.local(v)) * gate)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU and a residual depth-wise 3×3 convolution between."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, width)
+        self.conv = DepthwiseConv(width, 3)
+        self.fc2 = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.fc1(x))
+        return self.fc2(x + self.conv(x))
+
+
+class Block(nn.Module):
+    """Position by depth-wise 3×3 convolution, then attention and feed-forward, each scaled per channel."""
+
+    def __init__(self, dim: int, heads: int, mechanism: str, mlp_ratio: float, layer_scale: float, drop_path: float) -> None:
+        super().__init__()
+        self.position = DepthwiseConv(dim, 3)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = GatedAttention(dim, heads, mechanism)
+        self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.ffn = FeedForward(dim, int(mlp_ratio * dim))
+        self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        x = x + self.position(x)
+        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x), rotary))
+        return x + self.drop_path(self.gamma2 * self.ffn(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """A convolution of stride 2 (none in stage 1, whose `before` is None), then blocks: ``[B, C, H, W]`` to ``[B, C′, ⌈H/2⌉, ⌈W/2⌉]``."""
+
+    def __init__(self, before: int | None, dim: int, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self.downsample = nn.Identity() if before is None else nn.Sequential(*conv_norm(before, dim, 2))
+        self.blocks = nn.ModuleList(blocks)
+        self.head_dim = blocks[0].attn.attend.head_dim
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        rotary = rala_rotary((x.shape[1], x.shape[2]), self.head_dim, device=x.device)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
+        return x.permute(0, 3, 1, 2)
+
+
+class Head(nn.Module):
+    """1×1 convolution, batch norm, swish, average pool, dropout, classifier: ``[B, C, H, W]`` to ``[B, classes]``."""
+
+    def __init__(self, dim: int, width: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, width, 1)
+        self.norm = nn.BatchNorm2d(width)
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, global_pool)
+
+    def reset(self, num_classes: int, global_pool: str) -> None:
+        if type(num_classes) is not int or num_classes < 0:
+            raise InputError("num_classes", repr(num_classes), "an integer ≥ 0, where 0 makes no classifier")
+        if global_pool not in ("avg", ""):
+            raise InputError("global_pool", repr(global_pool), "'avg', or '' for features that are not pooled")
+        if not global_pool and num_classes:
+            raise InputError("global_pool", repr(global_pool), "'avg' for a classifier; '' needs num_classes=0")
+        width, like = self.conv.out_channels, self.conv.weight
+        self.global_pool = global_pool
+        self.fc = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
+        init_weights(self.fc)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = F.silu(self.norm(self.conv(x)))
+        if self.global_pool:
+            x = x.mean((2, 3))
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+def conv_norm(before: int, dim: int, stride: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(before, dim, 3, stride, 1), nn.BatchNorm2d(dim)
+
+
+def stem(in_chans: int, dim: int) -> nn.Sequential:
+    """``[B, in_chans, H, W]`` to ``[B, dim, ⌈H/4⌉, ⌈W/4⌉]``."""
+    half = dim // 2
+    first, second, third = (conv_norm(*sizes) for sizes in ((in_chans, half, 2), (half, half, 1), (half, half, 1)))
+    return nn.Sequential(*first, nn.GELU(), *second, nn.GELU(), *third, nn.GELU(), *conv_norm(half, dim, 2))
+
+
+def init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

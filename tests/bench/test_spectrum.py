@@ -1,0 +1,132 @@
+"""Ranks of attention: the two measures, what they are taken of, and the command."""
+
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import subquad
+from subquad.bench.spectrum import Layer, buffer, capture, ranks, spectrum
+from subquad.cli import app
+
+timm = pytest.importorskip("timm")
+
+
+def matrix(values, rows=9, columns=6):
+    """A matrix with these singular values."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (rows, columns))
+    return left[:, : len(values)] @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right[: len(values)]
+
+
+def test_ranks_of_known_singular_values():
+    assert ranks(matrix([5.0, 5.0, 5.0])) == pytest.approx((3, 3))
+    # 0.03 of the largest counts at rtol 0.01, 0.005 does not; p = 1/2, 1/4, 1/4
+    assert ranks(matrix([1.0, 0.03, 0.005]))[0] == 2 and ranks(matrix([1.0, 0.03, 0.005]), rtol=0.001)[0] == 3
+    assert ranks(matrix([2.0, 1.0, 1.0]))[1] == pytest.approx(math.exp(0.5 * math.log(2) + 0.5 * math.log(4)))
+    assert ranks(matrix([5.0, 5.0], rows=4, columns=9)) == pytest.approx((2, 2))  # wide ones alike
+    assert ranks(torch.zeros(4, 4)) == (0, 0)
+    assert ranks(torch.stack([matrix([1.0]), matrix([1.0, 1.0, 1.0])])) == pytest.approx((2, 2))  # means
+
+
+def small_vit():
+    torch.manual_seed(0)
+    return timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3)
+
+
+def test_capture_takes_the_model_as_it_is():
+    model, pixels = small_vit(), torch.randn(2, 3, 32, 32)
+    before = [type(m) for m in model.modules()]
+    seen = []
+    handle = model.blocks[1].attn.qkv.register_forward_hook(lambda m, i, o: seen.append(o))
+    layers = capture(model, pixels)
+    model.eval()(pixels)
+    handle.remove()
+    q, k, v = seen[-1].detach().unflatten(-1, (3, 2, 12)).unbind(2)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        torch.testing.assert_close(getattr(layers[1], name), x, atol=1e-5, rtol=1e-5)
+    assert [layer.name for layer in layers] == ["blocks.0", "blocks.1"]
+    assert [type(m) for m in model.modules()] == before
+    model.train()
+    capture(model, pixels)
+    assert model.training
+
+
+def test_buffers_are_what_the_output_is_read_from():
+    """RALA's is Σ α φ(k) vᵀ with its weights α, LightNet's has a softmax over tokens for each channel; softmax has none."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 20, 1, 8) for _ in range(3))
+    layer = Layer("", q, k, v, None)
+    fq, fk = (torch.nn.functional.elu(x[0, :, 0]) + 1 for x in (q, k))
+    alpha = (fk @ fq.mean(0) / 8**0.5).softmax(0)
+    for name, keys in (("rala", alpha[:, None] * fk), ("lightnet", k[0, :, 0].softmax(0)), ("linear-relu", k[0, :, 0].relu())):
+        M, expected = buffer(layer, name)[0, 0], keys.T @ v[0, :, 0]
+        assert (M / M.norm() - expected / expected.norm()).abs().max() < 1e-5
+    assert buffer(layer, "softmax") is None
+
+
+def test_spectrum_has_a_row_for_each_layer_and_mechanism():
+    model, pixels = small_vit(), torch.randn(2, 3, 32, 32)
+    rows = spectrum(model, pixels, [("softmax", {}), ("linear-elu", {}), ("rala", {}), ("l2vit", {"floor": 1.0})])
+    assert [(r.layer, r.mechanism) for r in rows[:5]] == [
+        ("blocks.0", "softmax"), ("blocks.0", "linear-elu"), ("blocks.0", "rala"), ("blocks.0", "l2vit"), ("blocks.1", "softmax"),
+    ]  # fmt: skip
+    layer = capture(model, pixels)[0]
+    o = subquad.attention("linear-elu", 2, 12, causal=False)(layer.q, layer.k, layer.v)
+    per_head = [ranks(o[b, :, h]) for b in range(2) for h in range(2)]
+    assert rows[1].head == pytest.approx([sum(x) / 4 for x in zip(*per_head)])
+    assert rows[1].features == pytest.approx([sum(x) / 2 for x in zip(*(ranks(o[b].flatten(1)) for b in range(2)))])
+    assert rows[0].buffer is None and 0 < rows[1].buffer[1] <= rows[1].most == 12
+
+
+@pytest.mark.parametrize("name", ["gla", "sliding-window", "no-such"])
+def test_mechanisms_must_suit_images(name):
+    with pytest.raises(subquad.InputError):
+        spectrum(small_vit(), torch.randn(1, 3, 32, 32), [(name, {})])
+
+
+def test_rtol_is_checked():
+    with pytest.raises(subquad.InputError, match="rtol"):
+        spectrum(small_vit(), torch.randn(1, 3, 32, 32), rtol=1.0)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    torch.manual_seed(0)
+    path = tmp_path / "photo.png"
+    image.fromarray((255 * torch.rand(40, 50, 3)).byte().numpy()).save(path)
+    return path
+
+
+def test_the_command(photo, tmp_path):
+    out = tmp_path / "ranks"
+    words = ["spectrum", "ravlt_t", str(photo), "--mechanism", "softmax", "--mechanism", "rala", "--size", "64x96", "--out", str(out)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads((out / "spectrum.json").read_text())
+    assert {r["mechanism"] for r in found["rows"]} == {"softmax", "rala"}
+    assert len(found["rows"]) == 2 * (2 + 2 + 6 + 2)  # RAVLT-T's layers
+    assert found["rows"][0]["most"] == 64 and found["about"]["size"] == "64 × 96"
+    html = (out / "spectrum.html").read_text()
+    assert html.count("<svg") == 3 and "rala" in html
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["vit_tinny_patch16_224", "PHOTO"], "vit_tiny_patch16_224"),
+        (["ravlt_t", "nowhere.png"], "nowhere.png"),
+        (["ravlt_t", "PHOTO", "--size", "big"], "--size"),
+        (["ravlt_t", "PHOTO", "--size", "16"], "32"),
+        (["ravlt_t", "PHOTO", "--mechanism", "gla"], "bidirectional"),
+        (["ravlt_t", "PHOTO", "--rtol", "2"], "--rtol"),
+        (["ravlt_t", "PHOTO", "--weights", "none.pth"], "none.pth"),
+    ],
+)
+def test_errors_are_one_line(words, said, photo):
+    done = CliRunner().invoke(app, ["spectrum", *(str(photo) if word == "PHOTO" else word for word in words)])
+    assert done.exit_code == 2
+    assert len(done.output.strip().splitlines()) == 1 and said in done.output

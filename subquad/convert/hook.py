@@ -6,33 +6,11 @@ Auto classes are imported already, else when they are; the first call then regis
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import sys
-from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
+from subquad.imports import when_imported
+
 AUTO = "transformers.models.auto.configuration_auto"
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as Python would, and wraps AutoConfig once it has been executed."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        if name != AUTO:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            _wrap(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
 
 
 def _wrap(module: Any) -> None:
@@ -54,10 +32,7 @@ def _wrap(module: Any) -> None:
 
 def install() -> None:
     """Make saved swapped models known to transformers, whichever of the two is imported first."""
-    if AUTO in sys.modules:
-        _wrap(sys.modules[AUTO])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    when_imported(AUTO, _wrap)
 
 
 install()

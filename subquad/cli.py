@@ -333,8 +333,8 @@ def bench(
 
 @app.command("spectrum")
 def spectrum_command(
-    model: Annotated[str, typer.Argument(help="A model of timm, such as vit_tiny_patch16_224, or a backbone of this library.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    model: Annotated[str, typer.Argument(help="A ViT or DeiT of timm, such as vit_tiny_patch16_224, or a backbone of this library.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, stretched to --size.")],
     mechanism: Annotated[
         list[str] | None, typer.Option(help="A mechanism with options; repeat for several (default: all for images).")
     ] = None,

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLORS = 8
+COLORS = 9
 STYLE = """
 :root { color-scheme: light dark; --ink:#1c2430; --soft:#5b6675; --grid:#dfe4ea; --paper:#ffffff; --panel:#f6f8fa;
-  --c0:#30363f; --c1:#0b6bcb; --c2:#c2410c; --c3:#15803d; --c4:#7e22ce; --c5:#b8860b; --c6:#be185d; --c7:#0e7490; }
+  --c0:#30363f; --c1:#0b6bcb; --c2:#c2410c; --c3:#15803d; --c4:#7e22ce; --c5:#b8860b; --c6:#be185d; --c7:#0e7490;
+  --c8:#4d7c0f; }
 @media (prefers-color-scheme: dark) { :root { --ink:#e6eaf0; --soft:#9aa5b4; --grid:#323a46; --paper:#12161c; --panel:#1a2029;
-  --c0:#d5dbe4; --c1:#5aa9f8; --c2:#f59e6c; --c3:#5fd08a; --c4:#c08bf5; --c5:#e3c04d; --c6:#f279ae; --c7:#4cc4dd; } }
+  --c0:#d5dbe4; --c1:#5aa9f8; --c2:#f59e6c; --c3:#5fd08a; --c4:#c08bf5; --c5:#e3c04d; --c6:#f279ae; --c7:#4cc4dd;
+  --c8:#a3d65c; } }
 svg.plot { width:100%; height:auto; font:12px system-ui,sans-serif; }
 svg.plot text { fill:var(--soft); } svg.plot text.strong { fill:var(--ink); }
 svg.plot .grid { stroke:var(--grid); stroke-width:1; } svg.plot .line { fill:none; stroke-width:2; }

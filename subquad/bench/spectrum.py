@@ -6,7 +6,8 @@ output ``[N, V]``, and of the output of all heads side by side ``[N, H·V]``:
     numerical rank   singular values above rtol times the largest
     effective rank   exp(−Σ p log p), p the singular values over their sum (Roy, Vetterli: EUSIPCO 2007)
 
-q, k and v are those of the model's own forward pass, so that mechanisms are compared on equal inputs, each layer for itself.
+q, k and v are those of the model's own forward pass, so that mechanisms are compared on equal inputs, each layer for itself;
+class tokens are tokens like any other.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from subquad.ops.moments import gather_moments, mean_features
 from subquad.rotary import Rotary
 
 DEFAULT = ("softmax", "linear-relu", "linear-elu", "rala", "mala", "nalaformer", "inline", "l2vit", "lightnet")
+LEAST = 1e-6  # what is left of smaller singular values of float32 matrices is rounding
 Spectrum = tuple[float, float]  # numerical and effective rank
 
 
@@ -43,7 +45,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Means over images and heads; `buffer` is None for mechanisms that keep none. `most` is the largest rank that a head can have."""
+    """Means over images and heads. `buffer` is None where there is none or it is not known here; `most` is the largest rank that a
+    head can have."""
 
     layer: str
     mechanism: str
@@ -54,23 +57,24 @@ class Ranks:
 
 
 # The weighted features of keys that enter the buffer, by mechanism, as arguments of `gather_moments`.
-BUFFERS: dict[str, Callable[[Layer], dict[str, Any]]] = {
-    "linear-elu": lambda _: {"feature_map": "elu1"},
-    "linear-relu": lambda _: {"feature_map": "relu"},
-    "rala": lambda layer: {"feature_map": "elu1", "global_query": mean_features(layer.q, "elu1"), "rotary": layer.rotary},
-    "mala": lambda layer: {"feature_map": "elu1", "rotary": layer.rotary},
-    "nalaformer": lambda layer: {"feature_map": "sign_cube", "rotary": layer.rotary},
-    "inline": lambda _: {},
-    "l2vit": lambda _: {"feature_map": "relu"},
-    "lightnet": lambda layer: {"key_logits": layer.k, "rotary": layer.rotary},
+BUFFERS: dict[str, Callable[[Layer, Any], dict[str, Any]]] = {
+    "linear-elu": lambda *_: {"feature_map": "elu1"},
+    "linear-relu": lambda *_: {"feature_map": "relu"},
+    "rala": lambda layer, _: {"feature_map": "elu1", "global_query": mean_features(layer.q, "elu1"), "rotary": layer.rotary},
+    "mala": lambda layer, _: {"feature_map": "elu1", "rotary": layer.rotary},
+    "nalaformer": lambda layer, _: {"feature_map": "sign_cube", "rotary": layer.rotary},
+    "inline": lambda _, module: {"feature_map": module.feature_map},
+    "l2vit": lambda *_: {"feature_map": "relu"},
+    "lightnet": lambda layer, _: {"key_logits": layer.k, "rotary": layer.rotary},
 }
 
 
-def buffer(layer: Layer, name: str) -> Tensor | None:
-    """The key–value buffer ``[B, H, F, V]`` that a mechanism reads, up to a factor; None where there is none."""
+def buffer(layer: Layer, module: Attention) -> Tensor | None:
+    """The key–value buffer ``[B, H, F, V]`` that a mechanism reads, up to a factor; None where there is none, or it is not known here."""
+    name = module.card.name
     if name not in BUFFERS:
         return None
-    moments = gather_moments(None if name == "lightnet" else layer.k, layer.v, **BUFFERS[name](layer))
+    moments = gather_moments(None if name == "lightnet" else layer.k, layer.v, **BUFFERS[name](layer, module))
     return moments.M / moments.weight[..., None] if moments.per_channel else moments.M
 
 
@@ -103,7 +107,11 @@ def capture(model: nn.Module, pixels: Tensor) -> list[Layer]:
     if not any(isinstance(m, Attention) for m in model.modules()):
         model = swap(copy.deepcopy(model), "softmax", causal=False)
     found: list[Layer] = []
-    names = {m: name.removesuffix(".mechanism").removesuffix(".attn") for name, m in model.named_modules() if isinstance(m, Attention)}
+    names = {
+        m: name.removesuffix(".mechanism").removesuffix(".attend").removesuffix(".attn")
+        for name, m in model.named_modules()
+        if isinstance(m, Attention)
+    }
 
     def watch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         q, k, v = args
@@ -121,18 +129,27 @@ def capture(model: nn.Module, pixels: Tensor) -> list[Layer]:
 
 
 def check(mechanisms: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Raises InputError for a mechanism that cannot stand in for bidirectional attention on q, k and v alone."""
+    """Raises InputError for a mechanism that cannot stand in for bidirectional attention on q, k and v alone, or stands there twice."""
     for name, options in mechanisms:
         about = card(name)
-        if not about.bidirectional:
-            raise InputError("mechanisms", repr(name), "bidirectional mechanisms: an image has no order")
+        if not about.bidirectional or options.get("causal"):
+            raise InputError("mechanisms", repr(label(name, options)), "bidirectional mechanisms: an image has no order")
         if about.needs_hidden:
             raise InputError("mechanisms", repr(name), "mechanisms that need q, k and v only")
-        attention(name, 1, 16, **options, **_mode(name))
+        _make(name, options, 1, 16)
+    labels = [label(*one) for one in mechanisms]
+    if len(set(labels)) < len(labels):
+        raise InputError("mechanisms", ", ".join(labels), "each mechanism, with its options, once")
 
 
-def _mode(name: str) -> dict[str, Any]:
-    return {"causal": False} if card(name).causal else {}
+def label(name: str, options: dict[str, Any]) -> str:
+    """A mechanism with its options, as the command line names it."""
+    return name + (":" + ",".join(f"{key}={value}" for key, value in options.items()) if options else "")
+
+
+def _make(name: str, options: dict[str, Any], heads: int, head_dim: int, **sizes: Any) -> Attention:
+    mode = {"causal": False} if card(name).causal else {}
+    return attention(name, heads, head_dim, **{**options, **mode, **sizes})
 
 
 @torch.no_grad()
@@ -148,11 +165,11 @@ def spectrum(
 
     Args:
         mechanisms: names and options; those with parameters have them as they are first made.
-        rtol: singular values above this share of the largest count as rank; between 0 and 1.
+        rtol: singular values above this share of the largest count as rank; from 1e-6 to 1, as pixels are float32.
     """
     check(mechanisms)
-    if not 0 < rtol < 1:
-        raise InputError("rtol", rtol, "a number between 0 and 1")
+    if not LEAST <= rtol < 1:
+        raise InputError("rtol", rtol, f"a number from {LEAST:g} to 1")
     layers = capture(model, pixels)
     rows = []
     with bar("ranks", len(layers) * len(mechanisms), show=progress) as advance:
@@ -165,9 +182,9 @@ def spectrum(
 
 def _ranks(layer: Layer, name: str, options: dict[str, Any], rtol: float) -> Ranks:
     q, k, v = layer.q, layer.k, layer.v
-    module = attention(name, q.shape[2], q.shape[3], kv_heads=k.shape[2], value_dim=v.shape[3], **options, **_mode(name)).to(q.device)
+    module = _make(name, options, q.shape[2], q.shape[3], kv_heads=k.shape[2], value_dim=v.shape[3]).to(q.device)
     grid = {"grid": (1, q.shape[1])} if card(name).needs_grid else {}
     o = module(q, k, v, rotary=layer.rotary, **grid)
-    kept = buffer(layer, name)
+    kept = buffer(layer, module)
     spectra = ranks(o.transpose(1, 2), rtol), ranks(o.flatten(2), rtol)
-    return Ranks(layer.name, name, None if kept is None else ranks(kept, rtol), *spectra, min(o.shape[1], o.shape[3]))
+    return Ranks(layer.name, label(name, options), None if kept is None else ranks(kept, rtol), *spectra, min(o.shape[1], o.shape[3]))

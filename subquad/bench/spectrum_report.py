@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,8 +21,10 @@ from subquad.bench.folder import check_new, writing
 from subquad.bench.machine import commit, versions
 from subquad.bench.plots import Axis, Series, lines
 from subquad.bench.report import write_whole
-from subquad.bench.spectrum import DEFAULT, Ranks, check, spectrum
-from subquad.checks import InputError, nearest
+from subquad.bench.spectrum import DEFAULT, LEAST, Ranks, check, spectrum
+from subquad.checks import InputError
+from subquad.models.vision.ravlt import RAVLT
+from subquad.models.vision.released import load_released, read_checkpoint
 
 HEADS = ("layer", "mechanism", "buffer", "eff.", "head", "eff.", "heads", "eff.")
 WORDS = "Numerical and effective rank of the key–value buffer, of one head's output and of all heads' outputs side by side."
@@ -35,22 +38,27 @@ def run(
     choices = [parse_choice("--mechanism", one) for one in mechanisms or DEFAULT]
     wanted = [(c.name, c.options) for c in choices]
     check(wanted)
-    if not 0 < rtol < 1:
-        raise InputError("--rtol", rtol, "a number between 0 and 1")
+    if not LEAST <= rtol < 1:
+        raise InputError("--rtol", rtol, f"a number from {LEAST:g} to 1")
     sides = _sides(size)
     if weights is not None and pretrained:
         raise InputError("--weights", str(weights), "a file, or --pretrained, not both")
+    if weights is not None and not weights.is_file():
+        raise InputError("--weights", repr(str(weights)), "a file that exists")
     if out is not None:
         check_new("--out", out)
-    model, statistics = make_model(name, sides, weights, pretrained)
-    pixels = torch.stack([read_image(path, sides, statistics) for path in images])
-    rows = spectrum(model, pixels, wanted, rtol=rtol, progress=True)
+    pixels = torch.stack([read_image(path, sides) for path in images])
+    model, (mean, deviation) = make_model(name, sides, weights, pretrained)
+    try:
+        rows = spectrum(model, (pixels - mean) / deviation, wanted, rtol=rtol, progress=True)
+    except (AssertionError, RuntimeError) as error:  # timm's own words for sizes that a model does not take
+        raise InputError("--size", f"{size!r} ({error})", f"a size that {name} takes") from None
 
     table = Table(
         header_style="bold", title=f"{name}, {len(images)} image{'s' * (len(images) > 1)} of {sides[0]} × {sides[1]}, rtol {rtol:g}"
     )
     for index, head in enumerate(HEADS):
-        table.add_column(head, justify="left" if index < 2 else "right", no_wrap=True)
+        table.add_column(head, justify="left" if index < 2 else "right", overflow="fold", min_width=(8, 11, 5)[min(index, 2)])
     for row in rows:
         table.add_row(*cells(row))
     Console().print(table)
@@ -72,7 +80,7 @@ def run(
 
 def _sides(text: str) -> tuple[int, int]:
     parts = text.lower().replace("×", "x").split("x")
-    if len(parts) not in (1, 2) or not all(p.isdigit() and 0 < int(p) <= 4096 for p in parts):
+    if len(parts) not in (1, 2) or not all(p.isdecimal() and 0 < int(p) <= 4096 for p in parts):
         raise InputError("--size", repr(text), "a side such as 224, or rowsxcolumns such as 192x256, at most 4096")
     return int(parts[0]), int(parts[-1])
 
@@ -85,12 +93,15 @@ def make_model(name: str, sides: tuple[int, int], weights: Path | None, pretrain
     except ImportError as error:
         raise InputError("model", f"{name!r}, without timm ({error})", "timm installed: pip install 'subquad[convert]'") from None
     if not timm.is_model(name):
-        raise nearest("model", name, timm.list_models(), "model of timm")
-    sized: dict[str, Any] = {"img_size": sides} if name.startswith(("vit_", "deit", "flexivit", "beit", "eva")) else {}  # fixed when made
+        close = difflib.get_close_matches(name, timm.list_models(), 1)
+        raise InputError(
+            "model", repr(name), f"a ViT of timm, or a backbone of this library{f'; did you mean {close[0]!r}?' if close else ''}"
+        )
+    sized: dict[str, Any] = {"img_size": sides} if name.startswith(("vit_", "deit", "flexivit")) else {}  # fixed when made
     try:
         torch.manual_seed(0)
         model: Any = timm.create_model(name, pretrained=pretrained, **sized)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever timm or its hub says
         raise InputError("model", f"{name!r} ({error})", "a model that timm can make here") from None
     if weights is not None:
         load(model, weights)
@@ -100,37 +111,28 @@ def make_model(name: str, sides: tuple[int, int], weights: Path | None, pretrain
 
 
 def load(model: nn.Module, path: Path) -> None:
-    """Weights from .safetensors, or from a .pth that holds tensors only; all or nothing."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found: Any = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            for key in ("model", "state_dict"):
-                found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
-    except Exception as error:
-        raise InputError("--weights", f"{str(path)!r} ({type(error).__name__}: {error})", "a file of weights") from None
-    own = model.state_dict()
-    wrong = [key for key in own if not isinstance(found.get(key), Tensor) or found[key].shape != own[key].shape]
+    """Weights from .safetensors, or from a .pth that holds tensors only, under our names or the authors'; all or nothing."""
+    own, found = model.state_dict(), read_checkpoint(path)
+    if isinstance(model, RAVLT) and not own.keys() <= found.keys():
+        load_released(model, path)
+        return
+    wrong = [key for key in own if key not in found or found[key].shape != own[key].shape] + [key for key in found if key not in own]
     if wrong:
-        raise InputError("--weights", f"{str(path)!r}, without or with another shape of {', '.join(wrong[:3])}", "weights of this model")
-    model.load_state_dict({key: found[key] for key in own})
+        raise InputError("--weights", f"{str(path)!r}, which differs in {', '.join(wrong[:3])}", "weights of this model")
+    model.load_state_dict(found)
 
 
-def read_image(path: Path, sides: tuple[int, int], statistics: tuple[Tensor, Tensor]) -> Tensor:
-    """An image file as normalised pixels ``[3, rows, columns]``."""
-    from PIL import Image
+def read_image(path: Path, sides: tuple[int, int]) -> Tensor:
+    """An image file, turned upright and stretched to a size, as ``[3, rows, columns]`` in 0 … 1."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            resized = image.convert("RGB").resize((sides[1], sides[0]), Image.Resampling.BICUBIC)
+            resized = ImageOps.exif_transpose(image).convert("RGB").resize((sides[1], sides[0]), Image.Resampling.BICUBIC)
             raw = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError("images", f"{str(path)!r} ({error})", "image files that Pillow reads") from None
-    mean, deviation = statistics
-    return (raw.view(*sides, 3).permute(2, 0, 1).float() / 255 - mean) / deviation
+    return raw.view(*sides, 3).permute(2, 0, 1).float() / 255
 
 
 def cells(row: Ranks) -> list[str]:

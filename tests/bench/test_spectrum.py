@@ -61,17 +61,21 @@ def test_buffers_are_what_the_output_is_read_from():
     layer = Layer("", q, k, v, None)
     fq, fk = (torch.nn.functional.elu(x[0, :, 0]) + 1 for x in (q, k))
     alpha = (fk @ fq.mean(0) / 8**0.5).softmax(0)
-    for name, keys in (("rala", alpha[:, None] * fk), ("lightnet", k[0, :, 0].softmax(0)), ("linear-relu", k[0, :, 0].relu())):
-        M, expected = buffer(layer, name)[0, 0], keys.T @ v[0, :, 0]
+    x = k[0, :, 0]
+    for name, keys, options in (
+        ("rala", alpha[:, None] * fk, {}), ("lightnet", x.softmax(0), {}), ("linear-relu", x.relu(), {"causal": False}),
+        ("inline", x, {}), ("inline", x.exp(), {"feature_map": "exp"}),
+    ):  # fmt: skip
+        M, expected = buffer(layer, subquad.attention(name, 1, 8, **options))[0, 0], keys.T @ v[0, :, 0]
         assert (M / M.norm() - expected / expected.norm()).abs().max() < 1e-5
-    assert buffer(layer, "softmax") is None
+    assert buffer(layer, subquad.attention("softmax", 1, 8)) is None
 
 
 def test_spectrum_has_a_row_for_each_layer_and_mechanism():
     model, pixels = small_vit(), torch.randn(2, 3, 32, 32)
     rows = spectrum(model, pixels, [("softmax", {}), ("linear-elu", {}), ("rala", {}), ("l2vit", {"floor": 1.0})])
     assert [(r.layer, r.mechanism) for r in rows[:5]] == [
-        ("blocks.0", "softmax"), ("blocks.0", "linear-elu"), ("blocks.0", "rala"), ("blocks.0", "l2vit"), ("blocks.1", "softmax"),
+        ("blocks.0", "softmax"), ("blocks.0", "linear-elu"), ("blocks.0", "rala"), ("blocks.0", "l2vit:floor=1.0"), ("blocks.1", "softmax"),
     ]  # fmt: skip
     layer = capture(model, pixels)[0]
     o = subquad.attention("linear-elu", 2, 12, causal=False)(layer.q, layer.k, layer.v)
@@ -81,15 +85,32 @@ def test_spectrum_has_a_row_for_each_layer_and_mechanism():
     assert rows[0].buffer is None and 0 < rows[1].buffer[1] <= rows[1].most == 12
 
 
-@pytest.mark.parametrize("name", ["gla", "sliding-window", "no-such"])
-def test_mechanisms_must_suit_images(name):
+@pytest.mark.parametrize("name, options", [("gla", {}), ("sliding-window", {}), ("no-such", {}), ("linear-elu", {"causal": True})])
+def test_mechanisms_must_suit_images(name, options):
     with pytest.raises(subquad.InputError):
-        spectrum(small_vit(), torch.randn(1, 3, 32, 32), [(name, {})])
+        spectrum(small_vit(), torch.randn(1, 3, 32, 32), [(name, options)])
 
 
-def test_rtol_is_checked():
+def test_variants_of_a_mechanism_stand_apart():
+    wanted = [("inline", {}), ("inline", {"feature_map": "relu"}), ("linear-elu", {"causal": False})]
+    rows = spectrum(small_vit(), torch.randn(1, 3, 32, 32), wanted)
+    assert [r.mechanism for r in rows[:3]] == ["inline", "inline:feature_map=relu", "linear-elu:causal=False"]
+    assert rows[0].buffer != rows[1].buffer
+    with pytest.raises(subquad.InputError, match="once"):
+        spectrum(small_vit(), torch.randn(1, 3, 32, 32), [("rala", {}), ("rala", {})])
+
+
+@pytest.mark.parametrize("rtol", [1.0, 1e-9])
+def test_rtol_is_checked(rtol):
     with pytest.raises(subquad.InputError, match="rtol"):
-        spectrum(small_vit(), torch.randn(1, 3, 32, 32), rtol=1.0)
+        spectrum(small_vit(), torch.randn(1, 3, 32, 32), rtol=rtol)
+
+
+def test_each_mechanism_has_a_colour_of_its_own():
+    from subquad.bench import plots
+    from subquad.bench.spectrum import DEFAULT
+
+    assert len(DEFAULT) <= plots.COLORS and plots.STYLE.count(f"--c{plots.COLORS - 1}:") == 2
 
 
 @pytest.fixture
@@ -121,12 +142,17 @@ def test_the_command(photo, tmp_path):
         (["ravlt_t", "nowhere.png"], "nowhere.png"),
         (["ravlt_t", "PHOTO", "--size", "big"], "--size"),
         (["ravlt_t", "PHOTO", "--size", "16"], "32"),
+        (["ravlt_t", "PHOTO", "--size", "²"], "--size"),
+        (["test_vit", "PHOTO", "--size", "100"], "--size"),
+        (["ravlt_t", "PHOTO", "--weights", "LIST"], "list"),
         (["ravlt_t", "PHOTO", "--mechanism", "gla"], "bidirectional"),
         (["ravlt_t", "PHOTO", "--rtol", "2"], "--rtol"),
         (["ravlt_t", "PHOTO", "--weights", "none.pth"], "none.pth"),
     ],
 )
-def test_errors_are_one_line(words, said, photo):
-    done = CliRunner().invoke(app, ["spectrum", *(str(photo) if word == "PHOTO" else word for word in words)])
+def test_errors_are_one_line(words, said, photo, tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    files = {"PHOTO": str(photo), "LIST": str(tmp_path / "list.pth")}
+    done = CliRunner().invoke(app, ["spectrum", *(files.get(word, word) for word in words)])
     assert done.exit_code == 2
     assert len(done.output.strip().splitlines()) == 1 and said in done.output

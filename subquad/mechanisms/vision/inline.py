@@ -35,7 +35,7 @@ class InLine(Attention):
         title="InLine",
         paper="arXiv 2412.06590",
         family="vision",
-        summary="Linear attention for images normalised by subtraction, which tells all queries apart.",
+        summary="Linear attention for images normalised by subtraction, which tells queries of any length apart.",
         bidirectional=True,
         needs_grid=True,
         flops=lambda s, **_: 2 * s.batch * s.tokens * s.heads * (2 * s.head_dim * s.values + 2 * s.head_dim + 2 * s.values),

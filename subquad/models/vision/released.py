@@ -52,7 +52,7 @@ def load_released(model: RAVLT, path: str | Path) -> RAVLT:
     path = Path(path)
     own = model.state_dict()
     found: dict[str, Tensor] = {}
-    for name, tensor in _read(path).items():
+    for name, tensor in read_checkpoint(path).items():
         if not _DERIVED.match(name):
             found[_rename(name)] = tensor
     missing, unknown = [n for n in own if n not in found], [n for n in found if n not in own]
@@ -87,7 +87,8 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def read_checkpoint(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a .pth or .safetensors file, of which nothing else is executed; they may stand under "model"."""
     if not path.is_file():
         raise InputError("path", f"{path}, which is not a file", "a .pth or .safetensors file")
     held: Any

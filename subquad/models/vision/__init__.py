@@ -1,4 +1,4 @@
-"""Vision backbones: RAVLT and MAViT, in four sizes each.
+"""Vision backbones: RAVLT, MAViT, NaLaFormer and L²ViT, in several sizes each.
 
 >>> from subquad.models.vision.ravlt import vision_model
 >>> model = vision_model("ravlt_s")                                  # needs no timm

@@ -107,7 +107,7 @@ def test_swapped_key_heads(case):
     assert_red(around_mix(swap_two_key_heads), case, "output", "heads")
 
 
-@every()
+@every(lambda case: case.name != "linear-relu")  # relu and its denominator both grow with a query: no scale is seen
 def test_scale_applied_twice(case):
     assert_red(around_mix(scale_twice), case, "output", "output in float32", "gradients")
 

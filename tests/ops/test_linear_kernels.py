@@ -137,7 +137,7 @@ def test_half_precision_rounds_and_no_more(kind, dtype):
     for got, exact, want in zip(by_kernels(x, dtype=dtype), by_kernels(x), by_definition(x), strict=True):
         rounding = torch.finfo(dtype).eps / 4  # of a few numbers, which may happen to be near what they are rounded to
         # a GPU's tensor cores cut float16's operands to tf32 rather than round them
-        assert error(got, want) < (2.5 if dtype == torch.float16 and got.is_cuda else 2) * max(error(exact.to(dtype), want), rounding)
+        assert error(got, want) < (3.5 if dtype == torch.float16 and got.is_cuda else 2) * max(error(exact.to(dtype), want), rounding)
 
 
 def test_strides_are_followed():

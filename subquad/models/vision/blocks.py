@@ -159,7 +159,7 @@ class Classifier(nn.Module):
 
     def prepare(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, width, H, W]``."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define prepare()")
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.prepare(x)

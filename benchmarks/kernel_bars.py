@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from kernel_cases import FEW, FLAT, FORMS, LONG, LONGER, LONGEST, NARROW, Shape
+from kernel_cases import FEW, FLAT, FORMS, LONG, LONGER, LONGEST, NARROW, PEERS, Shape
 from kernel_sanitize import TOOLS
 
 MS: dict[tuple[str, Shape], tuple[float, float]] = {  # on the device: forward, forward and backward
@@ -24,6 +24,10 @@ MIB = {name: 900 if form.delta else 600 for name, form in FORMS.items()}  # peak
 GROWTH = 1.15  # time per token at LONGEST over that at LONGER
 STEP = 1.3  # a decode step over the time to copy the states
 FIRST = 5.0  # seconds of the first forward and backward on a cold cache
+FASTER_THAN_FLA = {  # at FLAT, on the device: forward, forward and backward
+    "linear_attn": (3, 3.7), "lightning_attn": (3, 3.7), "simple_gla": (3, None), "gla": (4, None), "delta_rule": (2.8, 2.5),
+    "gated_delta_rule": (3.7, None),
+}  # fmt: skip
 WAYS = {"forward_ms": "forward", "both_ms": "forward + backward"}
 
 
@@ -46,6 +50,7 @@ def bars(result: dict[str, Any]) -> list[Bar]:
         *_sanitize(result),
         *_step(result),
         *_ms(result),
+        *_peers(result),
         *_growth(result),
         *_softmax(result),
         *_memory(result),
@@ -90,6 +95,16 @@ def _ms(result: dict[str, Any]) -> Iterator[Bar]:
     for (name, shape), limits in MS.items():
         for (way, words), limit in zip(WAYS.items(), limits):
             yield Bar(f"{name}, {list(shape)}, {words}, ms", limit, _timed(result, "speed", name, shape, way))
+
+
+def _peers(result: dict[str, Any]) -> Iterator[Bar]:
+    for peer, factors in FASTER_THAN_FLA.items():
+        form = PEERS[peer][0]
+        for (way, words), factor in zip(WAYS.items(), factors):
+            if factor is not None:
+                ours, theirs = _timed(result, "speed", form, FLAT, way), _timed(result, "peers", peer, FLAT, way)
+                share = None if ours is None or theirs is None else ours / theirs
+                yield Bar(f"{form}, {words}, time over that of fla's {peer}", 1 / factor, share)
 
 
 def _growth(result: dict[str, Any]) -> Iterator[Bar]:

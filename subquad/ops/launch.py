@@ -57,6 +57,12 @@ TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("mirror", 64, 16, "scalar"): (Config(64, 4, 1), Config(16, 4, 3)),
     ("mirror", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 3)),
     ("mirror", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
+    # of moments: columns are tokens of a tile, the width is that of features or values
+    **{
+        (kernel, width, 16, "none"): (row, row)
+        for kernel in ("gather", "apply", "apply_back", "gather_back")
+        for width, row in ((64, Config(64, 4, 3)), (128, Config(64, 8, 3)), (256, Config(32, 8, 2)))
+    },
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from subquad.contract import Attention, Call, Card, register
-from subquad.ops.moments import mean_features, moment_attention
+from subquad.ops.moments import moment_attention
 from subquad.rotary import Rotary, rotate
 
 EPS = 1e-6
@@ -39,9 +39,8 @@ class RALA(Attention):
     )
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, None]:
-        query = mean_features(q, "elu1", cu_seqlens=call.cu_seqlens)
         o = moment_attention(
-            q, k, v, feature_map="elu1", global_query=query, rotary=call.rotary, eps=EPS, cu_seqlens=call.cu_seqlens
+            q, k, v, feature_map="elu1", global_query="mean", rotary=call.rotary, eps=EPS, cu_seqlens=call.cu_seqlens
         )  # fmt: skip
         return o, None
 

@@ -11,13 +11,13 @@ o_i = s R(φ(q_i)) M                                             "none": LightNe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from subquad.checks import InputError, check_cu_seqlens, compute_dtype, nearest, shape_of
-from subquad.ops.common import full_precision
+from subquad.ops.common import full_precision, kernels_serve, traced
 from subquad.ops.feature_maps import FeatureMap, feature_map
 from subquad.ops.moments import chunked
 from subquad.ops.moments.moments import Moments
@@ -65,6 +65,11 @@ def gather_moments(
         key_mask: bool ``[B, N]``, False for padding.
     """
     heads = _check_keys(k, v, global_query, key_logits, key_weights, layout, cu_seqlens, key_mask)
+    if k is not None and _kernels_serve(k, v.shape[3], rotary, (feature_map,), key_logits, layout):
+        from subquad.ops.moments import fused
+
+        extras = {"query": global_query, "logits": key_logits, "factors": key_weights, "seen": key_mask, "cu": cu_seqlens}
+        return fused.gather(k, v, extras, rotary, feature_map or "identity", k.shape[-1] ** -0.5 if scale is None else scale)
     per_channel = key_logits is not None and key_logits.dim() == 4
     width = k.shape[-1] if k is not None else key_logits.shape[-1] if key_logits is not None and per_channel else 1
     named = {"k": k, "v": v, "key_logits": key_logits, "key_weights": key_weights, "mask": key_mask, "global_query": global_query}
@@ -102,7 +107,13 @@ def apply_moments(
         floor: with "divide", the least sum of scores, in place of eps.
         cu_seqlens: ``[S + 1]`` offsets of q's packed sequences.
     """
-    _check_queries(q, moments, normalizer, reduce, cu_seqlens)
+    _check_queries(q, moments.M.shape[0], moments.M.shape[-3], normalizer, reduce, cu_seqlens)
+    _check_moments(q, moments, normalizer, reduce)
+    flat = moments.block_q is None and not moments.per_channel and moments.M.dtype == torch.float32
+    if flat and _kernels_serve(q, moments.M.shape[-1], rotary, (feature_map,)):
+        from subquad.ops.moments import fused
+
+        return fused.apply(q, moments, rotary, cu_seqlens, _applied(q, feature_map, normalizer, reduce, scale, eps, floor))
     if scale is None:
         scale = 1.0 if moments.per_channel else q.shape[-1] ** -0.5
     how = chunked.Apply(_map(feature_map), normalizer, scale, eps, floor, bool(rotary and rotary.interleaved))
@@ -116,7 +127,7 @@ def moment_attention(
     *,
     feature_map: Map | tuple[Map, Map] = None,
     rotary: Rotary | None = None,
-    global_query: Tensor | None = None,
+    global_query: Tensor | Literal["mean"] | None = None,
     key_logits: Tensor | None = None,
     key_weights: Tensor | None = None,
     normalizer: str = "divide",
@@ -130,27 +141,40 @@ def moment_attention(
 ) -> Tensor:
     """`gather_moments` of k and v, then `apply_moments` to q; arguments as there.
 
-    >>> o = moment_attention(q, k, v, feature_map="elu1")                                       # linear attention
-    >>> o = moment_attention(q, k, v, feature_map="elu1", global_query=mean_features(q, "elu1"))    # RALA
-    >>> o = moment_attention(q, k, v, feature_map=("norm_power", "sign_cube"))                  # NaLaFormer
+    >>> o = moment_attention(q, k, v, feature_map="elu1")                               # linear attention
+    >>> o = moment_attention(q, k, v, feature_map="elu1", global_query="mean")          # RALA
+    >>> o = moment_attention(q, k, v, feature_map=("norm_power", "sign_cube"))          # NaLaFormer
 
     Args:
         feature_map: of q and k, or a pair (of q, of k).
         rotary: angles of k's tokens; where q has fewer tokens, these stand at the end.
+        global_query: "mean" for `mean_features` of q.
         cu_seqlens: offsets of the packed sequences of q and of k, v alike.
     """
     q_map, k_map = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
+    if isinstance(global_query, str) and global_query != "mean":
+        raise InputError("global_query", repr(global_query), "a tensor, 'mean' or None")
+    given = None if isinstance(global_query, str) else global_query
+    whole = all(isinstance(t, Tensor) and t.dim() == 4 for t in (q, k, v))  # others are told below what they should be
+    if k is not None and whole and q.dtype == v.dtype and _kernels_serve(q, v.shape[3], rotary, (q_map, k_map), key_logits, layout):
+        from subquad.ops.moments import fused
+
+        heads = _check_keys(k, v, given, key_logits, key_weights, layout, cu_seqlens, key_mask)
+        _angles(rotary, v)
+        _check_queries(q, v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, heads, normalizer, reduce, cu_seqlens)
+        how = _applied(q, q_map, normalizer, reduce, scale, eps, floor)
+        how |= {"k_map": k_map or "identity", "averaged": given is not global_query, "logit_scale": how["scale"]}
+        extras = {"query": given, "logits": key_logits, "factors": key_weights, "seen": key_mask, "cu": cu_seqlens}
+        return fused.attend(q, k, v, extras, _at_the_end(rotary, q), rotary, how)
+    if isinstance(global_query, str):
+        global_query = mean_features(q, q_map, cu_seqlens=cu_seqlens)
     moments = gather_moments(
         k, v, feature_map=k_map, rotary=rotary, global_query=global_query, key_logits=key_logits, key_weights=key_weights, scale=scale,
         layout=layout, cu_seqlens=cu_seqlens, key_mask=key_mask,
     )  # fmt: skip
-    if rotary is not None and q.shape[1] != rotary.tokens:
-        if q.shape[1] > rotary.tokens:
-            raise InputError("q", shape_of(q), f"at most as many tokens as rotary has, {rotary.tokens}")
-        rotary = rotary.narrow(rotary.tokens - q.shape[1], rotary.tokens)
     return apply_moments(
-        q, moments, feature_map=q_map, rotary=rotary, normalizer=normalizer, reduce=reduce, scale=scale, eps=eps, floor=floor,
-        cu_seqlens=cu_seqlens,
+        q, moments, feature_map=q_map, rotary=_at_the_end(rotary, q), normalizer=normalizer, reduce=reduce, scale=scale, eps=eps,
+        floor=floor, cu_seqlens=cu_seqlens,
     )  # fmt: skip
 
 
@@ -161,6 +185,30 @@ def mean_features(x: Tensor, feature_map: Map = None, *, cu_seqlens: Tensor | No
 
 
 # ---- the choice of path ----------------------------------------------------------------------------------------------
+
+KERNEL_MAPS = (None, "identity", "elu1", "relu", "exp", "silu", "sign_cube", "norm_power")
+TWO_SIGNS = ("sign_cube", "norm_power")
+
+
+def _kernels_serve(
+    x: Tensor, values: int, rotary: Rotary | None, maps: tuple[Map, ...], key_logits: Tensor | None = None, layout: Layout | None = None
+) -> bool:
+    """Whether the Triton kernels serve q or k like x, with values of that width."""
+    if not kernels_serve(x, x.shape[-1], values) or layout is not None or (key_logits is not None and key_logits.dim() == 4):
+        return False
+    known = all(name is None or (isinstance(name, str) and name in KERNEL_MAPS) for name in maps)
+    alike = len({name in TWO_SIGNS for name in maps}) == 1
+    fits = 0 < values <= 128 and 0 < x.shape[-1] <= 128 and (rotary is None or x.shape[-1] % 2 == 0)
+    return known and alike and fits and (traced(x) or x.numel() > 0)
+
+
+def _applied(q: Tensor, q_map: Any, normalizer: str, reduce: str, scale: float | None, eps: float, floor: float | None) -> dict[str, Any]:
+    """What the kernels are told of how moments are applied."""
+    floored = floor is not None and normalizer == "divide"
+    return {
+        "q_map": q_map or "identity", "normalizer": "floored" if floored else normalizer, "mean": reduce == "mean",
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale, "eps": floor if floored else eps,
+    }  # fmt: skip
 
 
 @full_precision
@@ -187,6 +235,15 @@ def _angles(rotary: Rotary | None, x: Tensor) -> dict[str, Tensor]:
     if rotary.tokens != x.shape[1] or (rotary.cos.dim() == 3 and rotary.cos.shape[0] not in (1, x.shape[0])):
         raise InputError("rotary", f"cos {shape_of(rotary.cos)}", f"[N, R] or [B, N, R] for {x.shape[1]} tokens and {x.shape[0]} rows")
     return {"cos": rotary.cos.expand(*x.shape[:2], -1), "sin": rotary.sin.expand(*x.shape[:2], -1)}
+
+
+def _at_the_end(rotary: Rotary | None, q: Tensor) -> Rotary | None:
+    """The angles of q's tokens, which stand at the end of those of rotary."""
+    if rotary is None or q.shape[1] == rotary.tokens:
+        return rotary
+    if q.shape[1] > rotary.tokens:
+        raise InputError("q", shape_of(q), f"at most as many tokens as rotary has, {rotary.tokens}")
+    return rotary.narrow(rotary.tokens - q.shape[1], rotary.tokens)
 
 
 def _check_keys(
@@ -236,7 +293,7 @@ def _check_layout(layout: Layout, tokens: int, logits: Tensor | None, cu_seqlens
         raise InputError("key_logits", shape_of(logits), "logits per head [B, N, H] with a layout")
 
 
-def _check_queries(q: Tensor, moments: Moments, normalizer: str, reduce: str, cu_seqlens: Any) -> None:
+def _check_queries(q: Tensor, rows: int, heads: int, normalizer: str, reduce: str, cu_seqlens: Any) -> None:
     if normalizer not in NORMALIZERS:
         raise nearest("normalizer", normalizer, NORMALIZERS, "normalizer")
     if reduce not in ("mean", "sum"):
@@ -244,12 +301,14 @@ def _check_queries(q: Tensor, moments: Moments, normalizer: str, reduce: str, cu
     if not isinstance(q, Tensor) or q.dim() != 4 or not q.is_floating_point():
         raise InputError("q", shape_of(q) if isinstance(q, Tensor) else type(q).__name__, "a floating-point tensor [B, N, H, D]")
     check_cu_seqlens(cu_seqlens, q)
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if moments.M.shape[0] != rows:
-        raise InputError("moments", f"{moments.M.shape[0]} rows", f"{rows} rows: one for each of q's")
-    heads = moments.M.shape[-3]
+    own = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if rows != own:
+        raise InputError("moments", f"{rows} rows", f"{own} rows: one for each of q's")
     if not q.shape[2] or max(q.shape[2], heads) % min(q.shape[2], heads):
         raise InputError("q", shape_of(q), f"a head count that divides or is divided by that of the moments, {heads}")
+
+
+def _check_moments(q: Tensor, moments: Moments, normalizer: str, reduce: str) -> None:
     if moments.block_q is not None and moments.M.shape[1] != -(-q.shape[1] // moments.block_q):
         raise InputError("q", shape_of(q), f"tokens in {moments.M.shape[1]} blocks of {moments.block_q}")
     if moments.per_channel and normalizer in ("magnitude", "subtract"):

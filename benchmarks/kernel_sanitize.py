@@ -13,6 +13,8 @@ import torch
 from common import Report
 from kernel_cases import FORMS, Form, Shape, inputs
 
+from subquad.bench.machine import synchronize
+
 SMALL: list[tuple[Shape, torch.dtype]] = [
     ((1, 130, 2, 64), torch.bfloat16),
     ((1, 70, 1, 128), torch.bfloat16),
@@ -40,7 +42,7 @@ def small(form: Form, device: torch.device) -> None:
         with torch.no_grad():
             x = inputs(form, (shape[0], 1, *shape[2:]), device, dtype, state=True)
             form(x, return_state=True)
-    torch.cuda.synchronize()
+    synchronize(device)
 
 
 def sanitize(bench: Report) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,11 +34,12 @@ if {"cpu", "--device=cpu"} & set(sys.argv):  # kernels then run in Triton's inte
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
-from common import RESULTS, ROOT, Report, failure, slug
+from common import RESULTS, ROOT, slug
 from kernel_bars import FASTER_FROM, MS, bars
 from kernel_cases import FEW, FLAT, FORMS, LONG, LONGEST, PEERS, SOFTMAX, STATES, TIMED, Inputs, Shape, floor_bytes, inputs, leaves
 from kernel_checks import REGIMES, check, check_shapes, results, rows, tiled
 from kernel_sanitize import sanitize
+from timing import Timed, called, show
 from torch import Tensor
 
 from subquad.bench.machine import peak_bytes, synchronize
@@ -54,16 +54,13 @@ TRY: Shape = (1, 70, 2, 16)  # every shape on CPU
 Call = Callable[[Inputs], Tensor]
 
 
-class Bench(Report):
-    """The device, its timers, and the result so far."""
+class Bench(Timed):
+    """The result so far, and its timings."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(
-            "kernels", "Kernels of the linear and delta recurrences", args.device, args.out / f"kernels-{slug(args.device)}.json"
-        )
-        self.device = torch.device(args.device)
-        self.cuda, self.quick, self.tokens, self.heads = self.device.type == "cuda", args.quick, args.tokens, args.heads
-        self.copy_rate: float | None = None  # bytes a second
+        path = args.out / f"kernels-{slug(args.device)}.json"
+        super().__init__("kernels", "Kernels of the linear and delta recurrences", args.device, path, quick=args.quick)
+        self.tokens, self.heads = args.tokens, args.heads
         self.timings: list[dict[str, Any]] = []
         if args.add:
             self.add(json.loads(args.add.read_text()), {*args.only, *args.peers})
@@ -80,87 +77,20 @@ class Bench(Report):
     def shape(self, shape: Shape) -> Shape:
         return shape if self.cuda else TRY
 
-    def ms(self, call: Callable[[], Any], grown: Inputs | None = None) -> float:
-        """Median milliseconds of a call; gradients of `grown` are dropped before each."""
-        learned = [t for t in (grown or {}).values() if t.requires_grad]
-        if self.cuda:
-            from triton.testing import do_bench
-
-            warmup, rep = (5, 20) if self.quick else (15, 80)
-            return float(do_bench(call, warmup=warmup, rep=rep, grad_to_none=learned, return_mode="median"))
-        taken = []
-        for _ in range(2):
-            start = time.perf_counter()
-            call()
-            taken.append(1000 * (time.perf_counter() - start))
-        return statistics.median(taken)
-
-    def device_ms(self, call: Callable[[], Any], grown: Inputs | None = None) -> float:
-        """Median milliseconds on the device: of calls captured in a CUDA graph."""
-        if not self.cuda:
-            return self.ms(call, grown)
-        from triton.testing import do_bench_cudagraph
-
-        learned = [t for t in (grown or {}).values() if t.requires_grad]
-        try:
-            return float(do_bench_cudagraph(call, rep=10 if self.quick else 40, grad_to_none=learned or None, return_mode="median"))
-        finally:
-            for t in learned:
-                t.grad = None
-
     def measure(self, section: str, name: str, shape: Shape, call: Call, grown: Inputs) -> dict[str, Any]:
-        """Forward, and forward and backward, in milliseconds, on the device and as called; None and the error where one fails.
-        Kept in `timings`."""
-        empty = dict.fromkeys(("forward_ms", "both_ms", "forward_called_ms", "both_called_ms"))
-        found: dict[str, Any] = {"section": section, "name": name, "shape": list(shape), **empty}
+        """Forward, and forward and backward, in milliseconds, on the device and as called; kept in `timings`."""
+        found: dict[str, Any] = {"section": section, "name": name, "shape": list(shape)}
         self.timings.append(found)
-        incoming = torch.randn_like(grown["v"])
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return call(grown)
-
-        def both() -> None:
-            call(grown).backward(incoming)
-
-        try:
-            found["forward_called_ms"] = self.ms(forward)
-            found["forward_ms"] = self.device_ms(forward)
-            found["both_called_ms"] = self.ms(both, grown)
-            found["both_ms"] = self.device_ms(both, grown)
-        except TimeoutError:
-            found["error"] = "out of time"
-            raise
-        except Exception as error:  # a peer may fail in its own way; the others are still measured
-            found["error"] = failure(error)
-            if self.cuda:
-                torch.cuda.empty_cache()
+        self.time_into(found, call, grown)
         if section in ("speed", "length") and name in FORMS:
             found["floor_ms"] = [1000 * size / self.rate() for size in floor_bytes(grown)]
         return found
-
-    def rate(self) -> float:
-        """The copy rate, bytes read and written a second; measured when it is first asked for."""
-        if self.copy_rate is None:
-            size = 2**30 if self.cuda else 2**22
-            a = torch.empty(size, dtype=torch.uint8, device=self.device)
-            b = torch.empty_like(a)
-            self.copy_rate = 2000 * size / self.ms(lambda: b.copy_(a))
-        return self.copy_rate
-
-
-def show(value: float | None, form: str = "{:.3f}") -> str:
-    return "–" if value is None else form.format(value)
 
 
 def share(found: dict[str, Any], key: str) -> str:
     """Milliseconds, and in brackets how many times the floor."""
     value, floor = found[key], found["floor_ms"][key == "both_ms"]
     return found.get("error", "–") if value is None else f"{value:.3f} ({value / floor:.2f})"
-
-
-def called(found: dict[str, Any]) -> str:
-    return f"{show(found['forward_called_ms'])} / {show(found['both_called_ms'])}"
 
 
 # ---- sections ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 IDENTITY, ELU1, RELU, EXP, SILU, SIGN_CUBE, NORM_POWER = (tl.constexpr(i) for i in range(7))
-DIVIDE, FLOORED, MAGNITUDE, SUBTRACT, NONE = (tl.constexpr(i) for i in range(5))
+DIVIDE, FLOORED, NONE, MAGNITUDE, SUBTRACT = (tl.constexpr(i) for i in range(5))  # the last two also read the mean of v
 
 
 # ---- features ----------------------------------------------------------------------------------------------------

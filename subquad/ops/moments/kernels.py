@@ -21,7 +21,6 @@ import triton.language as tl
 
 from subquad.ops.moments.blocks import (
     MAGNITUDE,
-    SUBTRACT,
     add_parts,
     angles,
     columns,
@@ -227,7 +226,7 @@ def apply_kernel(
             phi = turn(phi, c, s)
         alpha, beta = normal(t, scale, eps, NORMAL)
         out = tl.dot(phi.to(MT), read, input_precision=IP) * tl.where(rows < live, alpha, 1.0)[:, None]
-        if NORMAL == MAGNITUDE or NORMAL == SUBTRACT:  # noqa: SIM109
+        if NORMAL >= MAGNITUDE:
             out += beta[:, None] * mean[None, :]
         store_tile(o, H * V, rows, n, vs, V, BV, out)
 
@@ -255,7 +254,7 @@ def apply_back_kernel(
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
     MT: tl.constexpr = tl.float32 if WIDE else q.dtype.element_ty
     F: tl.constexpr = BF // BD * D
-    CENTRED: tl.constexpr = NORMAL == MAGNITUDE or NORMAL == SUBTRACT  # noqa: SIM109
+    CENTRED: tl.constexpr = NORMAL >= MAGNITUDE
     ch, at, sign = columns(D, BD, BF, HALVES)
     vs = tl.arange(0, BV)
     q += i_b * sq_b + begin * sq_n + i_h // GQ * sq_h

@@ -5,7 +5,7 @@
 
 Sections: `checks` (results and gradients against the quadratic definition in float64, at every head dim), `core` (RALA, MALA and
 NaLaFormer against RALA's formulas in plain PyTorch, eager and compiled, exact softmax, and the floor), `first` (the first call on
-a cold cache) and `model` (RAVLT-S, inference and training, against the authors' code, a checkout of qhfan/RALA in --authors).
+a cold cache), `sanitize` (memory errors and races) and `model` (RAVLT-S, inference and training, against the authors' code, a checkout of qhfan/RALA in --authors).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if {"cpu", "--device=cpu"} & set(sys.argv):  # kernels then run in Triton's inte
 import torch
 import torch.nn.functional as F
 from common import RESULTS, slug
+from kernel_sanitize import sanitize
 from moment_cases import CALLS, CASES, DIMS, define, formulas, rotary_of, tensors
 from moment_models import BATCHES, author_model, our_model, train_and_infer
 from timing import Timed, called
@@ -42,7 +43,7 @@ SHAPES = [  # batch, tokens, heads, head dim; grid; bar of forward + backward in
     ((4, 16384, 8, 64), (128, 128), 0.60, 1.8),
     ((1, 65536, 8, 64), (256, 256), None, None),
 ]
-SECONDS = {"checks": 200, "core": 200, "first": 60, "model": 280}
+SECONDS = {"checks": 200, "core": 200, "first": 60, "sanitize": 280, "model": 280}
 
 
 class Bench(Timed):
@@ -126,6 +127,18 @@ def core(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
+def small(device: torch.device) -> None:
+    """Every case forward and backward on small inputs, for compute-sanitizer."""
+    for case in CASES.values():
+        for width, values, dtype in ((64, 64, torch.bfloat16), (96, 96, torch.bfloat16), (48, 32, torch.float32)):
+            define(case, tensors(1, 70, 2, width, values, device, dtype, case), kernels=True)
+    synchronize(device)
+
+
+def sanitized(bench: Bench) -> dict[str, Any]:
+    return sanitize(bench, ["moments"], __file__)
+
+
 def softmax(x: dict[str, Tensor]) -> Tensor:
     return F.scaled_dot_product_attention(*(x[name].transpose(1, 2) for name in "qkv")).transpose(1, 2)
 
@@ -180,7 +193,7 @@ def model(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
-SECTIONS = {"checks": checks, "core": core, "first": first, "model": model}
+SECTIONS = {"checks": checks, "core": core, "first": first, "sanitize": sanitized, "model": model}
 
 
 def main() -> int:
@@ -191,10 +204,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--first", choices=list(CALLS), help=argparse.SUPPRESS)
+    parser.add_argument("small", nargs="?", choices=["moments"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is visible to PyTorch; --device cpu tries the script at tiny sizes", file=sys.stderr)
         return 2
+    if args.small:
+        small(torch.device(args.device))
+        return 0
     if args.first:
         print(first_call(args.first, args.device))
         return 0

@@ -7,6 +7,9 @@ import torch
 from subquad.checks import InputError
 from subquad.rotary import Rotary
 
+MOST = 32  # rotaries remembered: a network asks for the same few at each call
+_known: dict[tuple[object, ...], Rotary] = {}
+
 
 def rala_rotary(grid: tuple[int, int], head_dim: int, *, device: torch.device | str | None = None) -> Rotary:
     """RALA's rotary (arXiv 2411.07635): the first half of the channels turns with the row, the second with the column.
@@ -24,8 +27,18 @@ def rala_rotary(grid: tuple[int, int], head_dim: int, *, device: torch.device | 
         raise InputError("head_dim", head_dim, "a multiple of 4: pairs of channels for rows and for columns")
     if len(grid) != 2 or min(grid) < 1:
         raise InputError("grid", tuple(grid), "(rows, columns)")
+    where = torch.device(device or "cpu")
+    key = tuple(grid), head_dim, where, torch.is_inference_mode_enabled()
+    if key in _known and not torch.compiler.is_compiling():
+        return _known[key]
     frequency = 10000.0 ** -torch.linspace(0, 1, head_dim // 4, device=device).repeat_interleave(2)  # [D/2]
     rows, columns = (torch.arange(side, device=device, dtype=torch.float32)[:, None] * frequency for side in grid)
     across = (grid[0], grid[1], head_dim // 2)
     angle = torch.cat([rows[:, None].expand(across), columns[None].expand(across)], -1).flatten(0, 1)
-    return Rotary(angle.cos(), angle.sin(), interleaved=True)
+    rotary = Rotary(angle.cos(), angle.sin(), interleaved=True)
+    settled = device is not None and (where.type != "cuda" or where.index is not None)  # not whatever is the default just now
+    if settled and type(rotary.cos) is torch.Tensor and not torch.compiler.is_compiling():  # neither traced nor fake
+        if len(_known) >= MOST:
+            _known.pop(next(iter(_known)))
+        _known[key] = rotary
+    return rotary

@@ -60,7 +60,7 @@ TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     # of moments: columns are tokens of a tile, the width is that of features or values
     **{
         (kernel, width, 16, "none"): (row, row)
-        for kernel in ("gather", "apply", "apply_back", "gather_back")
+        for kernel in ("gather", "apply", "apply_back", "apply_back_out", "gather_back")
         for width, row in ((64, Config(64, 4, 3)), (128, Config(64, 8, 3)), (256, Config(32, 8, 2)))
     },
 }

@@ -1,9 +1,11 @@
-"""What the moments' kernels are made of, in Triton: feature maps and their gradients, rotary, normalisers, runs of tokens."""
+"""What the moments' kernels are made of, in Triton: feature maps and their gradients, rotary, normalisers, weights, records."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from subquad.ops.triton_blocks import LOG2E
 
 IDENTITY, ELU1, RELU, EXP, SILU, SIGN_CUBE, NORM_POWER = (tl.constexpr(i) for i in range(7))
 DIVIDE, FLOORED, NONE, MAGNITUDE, SUBTRACT = (tl.constexpr(i) for i in range(5))  # the last two also read the mean of v
@@ -13,29 +15,27 @@ DIVIDE, FLOORED, NONE, MAGNITUDE, SUBTRACT = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
-def columns(D: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, HALVES: tl.constexpr):
-    """Of each column of a tile of features: the channel (≥ D: none), the row of the moments, and the sign.
+def channels(D: tl.constexpr, BD: tl.constexpr, HALVES: tl.constexpr):
+    """The channel of each column of a tile, ≥ D where there is none.
 
     The two channels of a rotary pair stand side by side: with HALVES, the channels that turn, these are i and i + HALVES/2.
     """
-    cols = tl.arange(0, BF)
-    c = cols % BD
-    ch = tl.where(c < HALVES, c % 2 * (HALVES // 2) + c // 2, c) if HALVES else c
-    return ch, cols // BD * D + ch, 1.0 - 2.0 * (cols // BD)
+    c = tl.arange(0, BD)
+    return tl.where(c < HALVES, c % 2 * (HALVES // 2) + c // 2, c) if HALVES else c
 
 
 @triton.jit
 def norm_terms(x):
-    """Of rows of which each channel stands twice: 1/‖x‖, tanh ‖x‖, and log |x_c|/‖x‖."""
-    norm = tl.sqrt(0.5 * tl.sum(x * x, 1))
+    """Of each row: 1/‖x‖, tanh ‖x‖, and log |x_c|/‖x‖."""
+    norm = tl.sqrt(tl.sum(x * x, 1))
     norm = tl.where(norm > 0, norm, 1.0)
     tanh = 1 - 2 / (tl.exp(2 * norm) + 1)
     return 1 / norm, tanh, tl.log(tl.where(x != 0, tl.abs(x), 1.0)) - tl.log(norm)[:, None]
 
 
 @triton.jit
-def feature(x, sign, MAP: tl.constexpr):
-    """φ(x), in float32."""
+def feature(x, MAP: tl.constexpr):
+    """φ(x), in float32; of maps of two signs, what stands in the copy of x's own sign."""
     if MAP == ELU1:
         y = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
     elif MAP == RELU:
@@ -45,18 +45,17 @@ def feature(x, sign, MAP: tl.constexpr):
     elif MAP == SILU:
         y = x * tl.sigmoid(x)
     elif MAP == SIGN_CUBE:
-        y = tl.maximum(x * sign[None, :], 0.0)
-        y = y * y * y
+        y = tl.abs(x * x * x)
     elif MAP == NORM_POWER:
         _, tanh, logs = norm_terms(x)
-        y = tl.where(x * sign[None, :] > 0, tl.exp(3 * (0.5 + tanh)[:, None] * logs), 0.0)
+        y = tl.where(x != 0, tl.exp(3 * (0.5 + tanh)[:, None] * logs), 0.0)
     else:
         y = x
     return y
 
 
 @triton.jit
-def feature_back(x, phi, d, sign, MAP: tl.constexpr):
+def feature_back(x, phi, d, MAP: tl.constexpr):
     """The gradient of x from that of φ(x)."""
     if MAP == ELU1:
         y = d * tl.where(x > 0, 1.0, phi)
@@ -68,39 +67,46 @@ def feature_back(x, phi, d, sign, MAP: tl.constexpr):
         s = tl.sigmoid(x)
         y = d * s * (1 + x * (1 - s))
     elif MAP == SIGN_CUBE:
-        up = tl.maximum(x * sign[None, :], 0.0)
-        y = d * 3 * up * up * sign[None, :]
+        y = d * 3 * x * tl.abs(x)
     elif MAP == NORM_POWER:
         inverse, tanh, logs = norm_terms(x)
         power = 3 * (0.5 + tanh)
         d = d * phi
         by_norm = 3 * (1 - tanh * tanh) * inverse * tl.sum(d * logs, 1) - power * inverse * inverse * tl.sum(d, 1)
-        y = d * power[:, None] / tl.where(x != 0, x, 1.0) + 0.5 * x * by_norm[:, None]
+        y = d * power[:, None] / tl.where(x != 0, x, 1.0) + x * by_norm[:, None]
     else:
         y = d
     return y
 
 
 @triton.jit
-def angles(cos, sin, rows, left, BD: tl.constexpr, BF: tl.constexpr, D: tl.constexpr):
-    """cos and sin ``[C, BF/2]`` of the pairs of each row, of tables ``[·, D/2]``."""
-    pair = tl.arange(0, BF // 2) % (BD // 2)
+def copy(x, phi, SECOND: tl.constexpr, TWO: tl.constexpr):
+    """The features of one copy: with TWO, where x is above 0, or with SECOND below."""
+    return tl.where(x < 0 if SECOND else x > 0, phi, 0.0) if TWO else phi
+
+
+@triton.jit
+def pick(x, first, second, TWO: tl.constexpr):
+    """What belongs to the copy of x's own sign."""
+    return tl.where(x > 0, first, second) if TWO else first
+
+
+@triton.jit
+def angles(cos, sin, rows, left, D: tl.constexpr, BD: tl.constexpr):
+    """cos and sin ``[C, BD/2]`` of the pairs of each row, of tables ``[·, D/2]``."""
+    pair = tl.arange(0, BD // 2)
     keep = (rows < left)[:, None] & (pair < D // 2)[None, :]
     at = rows[:, None] * (D // 2) + pair[None, :]
     return tl.load(cos + at, mask=keep, other=0.0).to(tl.float32), tl.load(sin + at, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def turn(x, cos, sin):
-    """Each pair of neighbouring columns turned by its angle."""
-    a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), [x.shape[0], x.shape[1]])
-
-
-@triton.jit
-def fold(x, COPIES: tl.constexpr):
-    """Both copies of each channel added."""
-    return tl.sum(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), 1) if COPIES == 2 else x
+def turn(x, cos, sin, TURN: tl.constexpr):
+    """With TURN, each pair of neighbouring columns turned by its angle."""
+    if TURN:
+        a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        x = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), [x.shape[0], x.shape[1]])
+    return x
 
 
 @triton.jit
@@ -152,3 +158,60 @@ def normal_back(t, n, b, scale, eps, NORMAL: tl.constexpr):
     else:
         y = t * 0
     return y
+
+
+# ---- weights and records -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def weigh(
+    phi, query, logits, factors, sl_n, sf_n, rows, keep, scale, QUERY: tl.constexpr, LOGITS: tl.constexpr, FACTORS: tl.constexpr
+):  # fmt: skip
+    """Factor and logit of each token of a tile, `query` for each number of phi; a token not seen has factor 0 and logit −inf."""
+    factor = keep.to(tl.float32)
+    logit = factor * 0
+    if FACTORS:
+        factor = tl.load(factors + rows * sf_n, mask=keep, other=0.0).to(tl.float32)
+    if LOGITS:
+        logit += tl.load(logits + rows * sl_n, mask=keep, other=0.0).to(tl.float32)
+    if QUERY:
+        logit += scale * tl.sum(phi * query, 1)
+    return factor, tl.where(factor != 0, logit, float("-inf"))
+
+
+@triton.jit
+def load_matrix(base, ch, vs, D: tl.constexpr, V: tl.constexpr, SECOND: tl.constexpr):
+    """Rows `ch` of the M of a record, or with SECOND of its second copy; 0 beyond."""
+    at = (ch + (D if SECOND else 0))[:, None] * V + vs[None, :]
+    return tl.load(base + at, mask=(ch < D)[:, None] & (vs < V)[None, :], other=0.0)
+
+
+@triton.jit
+def load_vector(base, ch, D: tl.constexpr, TWO: tl.constexpr):
+    """Both copies of z, or the one that there is, twice; 0 beyond."""
+    first = tl.load(base + ch, mask=ch < D, other=0.0)
+    return first, tl.load(base + D + ch, mask=ch < D, other=0.0) if TWO else first
+
+
+@triton.jit
+def store_record(
+    record, ch, vs, M, second, z, z_second, total, weight, D: tl.constexpr, V: tl.constexpr, TWO: tl.constexpr
+):  # fmt: skip
+    """All but the largest logit."""
+    F: tl.constexpr = 2 * D if TWO else D
+    inside = (ch < D)[:, None] & (vs < V)[None, :]
+    tl.store(record + ch[:, None] * V + vs[None, :], M, mask=inside)
+    tl.store(record + F * V + ch, z, mask=ch < D)
+    if TWO:
+        tl.store(record + (D + ch)[:, None] * V + vs[None, :], second, mask=inside)
+        tl.store(record + F * V + D + ch, z_second, mask=ch < D)
+    tl.store(record + F * V + F + vs, total, mask=vs < V)
+    tl.store(record + F * V + F + V, weight)
+
+
+@triton.jit
+def read_record(record, vs, n, V: tl.constexpr, F: tl.constexpr, MEAN: tl.constexpr):
+    """What M, z and Σ w v are to be multiplied by, v̄, and n, or 0 if no key was seen."""
+    weight, top = tl.load(record + F * V + F + V), tl.load(record + F * V + F + V + 1)
+    by = 1 / tl.where(weight == 0, 1.0, weight) if MEAN else tl.exp2(tl.where(top == float("-inf"), 0.0, top) * LOG2E)
+    return by, tl.load(record + F * V + F + vs, mask=vs < V, other=0.0) * by, tl.where(weight != 0, n, 0)

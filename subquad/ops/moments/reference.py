@@ -53,7 +53,7 @@ def reference(
     fq = heads_of(feature_map(maps[0])(q), heads)
     fk = torch.ones_like(heads_of(v[..., :1], heads)) if k is None else heads_of(feature_map(maps[1])(k), heads)
     v = heads_of(v, heads)
-    seen = torch.ones(q.shape[1], v.shape[1], dtype=torch.bool) if pair_mask is None else pair_mask
+    seen = torch.ones(q.shape[1], v.shape[1], dtype=torch.bool, device=q.device) if pair_mask is None else pair_mask
     seen = seen.expand(q.shape[0], heads, -1, -1) if seen.dim() < 4 else seen.repeat_interleave(heads // seen.shape[1], 1)
     seen = (seen & (key_mask[:, None, None] if key_mask is not None else True))[..., None]  # [B, H, N, M, 1]
 

@@ -1,0 +1,288 @@
+"""Launches of the moments' kernels: sizes, heads and constants are worked out once for each kind of call."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from subquad.ops.common import cdiv, padded
+from subquad.ops.launch import INTERPRETED, bits_of, config, processors, remembered
+from subquad.ops.launcher import Grid, Launcher, launcher
+from subquad.ops.moments import backward, blocks, kernels
+
+MAPS = {name: getattr(blocks, name.upper()).value for name in ("identity", "elu1", "relu", "exp", "silu", "sign_cube", "norm_power")}
+TWO_SIGNS = "sign_cube", "norm_power"
+NORMALS = {name: getattr(blocks, name.upper()).value for name in ("divide", "floored", "magnitude", "subtract", "none")}
+PER = None
+BLOCK = 1024  # numbers of a record that one program combines
+
+
+class How(NamedTuple):
+    """What an operator is told besides its tensors.
+
+    averaged: the global query is the mean of φ(q). mean: sums are divided by the weight. halves: the channels that turn in pairs
+    (i, i + halves/2), 0 if pairs are adjacent. eps: with "floored" the floor.
+    """
+
+    q_map: str = "identity"
+    k_map: str = "identity"
+    averaged: bool = False
+    logit_scale: float = 1.0
+    normalizer: str = "none"
+    mean: bool = True
+    scale: float = 1.0
+    eps: float = 0.0
+    halves: int = 0
+
+
+class Tensors(NamedTuple):
+    """All that an operator reads; cos and sin ``[1 or B, N, D/2]``, seen as bytes, query ``[rows, heads, F]``."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    record: Tensor | None = None
+    query: Tensor | None = None
+    logits: Tensor | None = None
+    factors: Tensor | None = None
+    seen: Tensor | None = None
+    k_cos: Tensor | None = None
+    k_sin: Tensor | None = None
+    q_cos: Tensor | None = None
+    q_sin: Tensor | None = None
+    cu: Tensor | None = None
+
+
+class Sizes(NamedTuple):
+    """Widths of keys, values, features and a record, and the place of the weight in it."""
+
+    D: int
+    V: int
+    F: int
+    L: int
+    END: int
+
+    @classmethod
+    def of(cls, width: int, values: int, two_signs: bool) -> Sizes:
+        features = 2 * width if two_signs else width
+        end = features * values + features + values
+        return cls(width, values, features, cdiv(end + 2, 16) * 16, end)
+
+
+class Launch(NamedTuple):
+    """A kernel ready to run, and into how many runs it cuts each row and head."""
+
+    run: Launcher
+    grid: Grid
+    strides: tuple[int, ...]
+    plain: tuple[Any, ...]
+    runs: int
+
+    def __call__(self, *tensors: Tensor) -> None:
+        self.run(self.grid, tensors, self.strides, self.plain)
+
+
+Kind = tuple[torch.Size, tuple[int, ...], torch.dtype] | None  # of a tensor: shape, strides, dtype
+
+
+def plan(x: Tensors, do: Tensor | None, values: int, how: How) -> Plan:
+    """The plan for tensors like these; `do` is o's gradient."""
+    like = x.q if x.k is None else x.k
+    assert like is not None
+    return _plan(tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in (*x, do)]), values, how, like.device)
+
+
+@remembered
+def _plan(kinds: tuple[Kind, ...], values: int, how: How, device: torch.device) -> Plan:
+    return Plan(dict(zip((*Tensors._fields, "do"), kinds)), values, how, device)
+
+
+class Plan:
+    """Heads, sizes and launches of one kind of call."""
+
+    def __init__(self, kinds: dict[str, Kind], values: int, how: How, device: torch.device) -> None:
+        self.kinds, self.how, self.device = kinds, how, device
+        shapes = {name: None if kind is None else kind[0] for name, kind in kinds.items()}
+        q, k, cu = shapes["q"], shapes["k"], shapes["cu"]
+        like = kinds["q"] if k is None else kinds["k"]
+        assert like is not None
+        (self.batch, self.tokens, _, width), _, self.dtype = like
+        self.q_tokens = self.tokens if q is None else q[1]
+        if k is None:
+            assert shapes["record"] is not None
+            self.key_heads = shapes["record"][1]
+        else:
+            counts = [shapes[name][2] for name in ("k", "v", "logits", "factors") if shapes[name] is not None]  # type: ignore[index]
+            counts += [] if shapes["query"] is None else [shapes["query"][1]]
+            self.key_heads = max(counts + ([q[2]] if how.averaged and q is not None else []))
+        self.q_heads = 0 if q is None else q[2]
+        self.heads = max(self.key_heads, self.q_heads)
+        self.size = Sizes.of(width, values, (how.q_map if k is None else how.k_map) in TWO_SIGNS)
+        self.rows = self.batch if cu is None else cu[0] - 1
+        self.row_tokens = self.tokens if cu is None else cdiv(self.tokens, max(1, self.rows))
+        self.same = {
+            "D": width, "BD": padded(width), "HALVES": how.halves, "TWO": width < self.size.F, "PACKED": cu is not None,
+        }  # fmt: skip
+        wide = INTERPRETED or self.dtype != torch.bfloat16
+        self.both = {"V": values, "BV": padded(values), "L": self.size.L, "WIDE": wide, "IP": "tf32x3" if wide else "tf32", **self.same}
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    # ---- each kernel's constants -----------------------------------------------------------------------------------
+
+    def _launch(
+        self, kernel: Any, name: str, heads: int, constants: dict[str, Any], strides: tuple[int, ...], tokens: int, *plain: Any
+    ) -> Launch:  # fmt: skip
+        """`plain` is what follows the tokens and runs among the kernel's plain numbers."""
+        row = config(name, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype), "none", False)
+        per = PER or (4 if row.warps <= 4 else 2)
+        runs = max(1, min(per * processors(self.device) // max(1, self.rows * heads), cdiv(self.row_tokens, 2 * row.columns)))
+        run = launcher(kernel, C=row.columns, num_warps=row.warps, num_stages=row.stages, **constants)
+        return Launch(run, (self.rows * heads * runs, 1, 1), strides, (tokens, runs, *plain), runs)
+
+    def _strides(self, name: str, dims: int = 3) -> tuple[int, ...]:
+        kind = self.kinds[name]
+        return (0,) * dims if kind is None else kind[1][:dims]
+
+    def _row_stride(self, name: str) -> tuple[int, ...]:
+        """From one batch row's angles to the next's; 0 where all rows share them."""
+        kind = self.kinds[name]
+        return (0,) if kind is None or kind[0][0] == 1 else (kind[1][0],)
+
+    @cached_property
+    def mean_launch(self) -> Launch:
+        constants = {"H": self.q_heads, "MAP": MAPS[self.how.q_map], **self.same}
+        return self._launch(kernels.mean_kernel, "gather", self.q_heads, constants, self._strides("q"), self.q_tokens)
+
+    def _key_launch(self, kernel: Any, name: str) -> Launch:
+        kinds, heads = self.kinds, self.key_heads
+
+        def group(name: str, dim: int = 2) -> int:
+            kind = kinds[name]
+            return 1 if kind is None else heads // kind[0][dim]
+
+        query = kinds["query"] is not None or self.how.averaged
+        constants = {
+            "H": heads, "GK": group("k"), "GV": group("v"), "GL": group("logits"), "GF": group("factors"),
+            "GG": heads // self.q_heads if self.how.averaged else group("query", 1),
+            "MAP": MAPS[self.how.k_map], "TURN": kinds["k_cos"] is not None, "QUERY": query, "LOGITS": kinds["logits"] is not None,
+            "FACTORS": kinds["factors"] is not None, "MASK": kinds["seen"] is not None, **self.both,
+        }  # fmt: skip
+        strides = (
+            *self._strides("k"), *self._strides("v"), *self._strides("logits"), *self._strides("factors"), *self._strides("seen", 2),
+            *self._row_stride("k_cos"),
+        )  # fmt: skip
+        parts = self.mean_launch.runs if self.how.averaged else 1
+        return self._launch(kernel, name, heads, constants, strides, self.tokens, parts, self.how.logit_scale)
+
+    @cached_property
+    def gather_launch(self) -> Launch:
+        return self._key_launch(kernels.gather_kernel, "gather")
+
+    @cached_property
+    def gather_back_launch(self) -> Launch:
+        return self._key_launch(backward.gather_back_kernel, "gather_back")
+
+    def _query_constants(self) -> dict[str, Any]:
+        return {
+            "H": self.heads, "GQ": self.heads // self.q_heads, "GM": self.heads // self.key_heads, "MAP": MAPS[self.how.q_map],
+            "TURN": self.kinds["q_cos"] is not None, "NORMAL": NORMALS[self.how.normalizer], "MEAN": self.how.mean, **self.both,
+        }  # fmt: skip
+
+    @cached_property
+    def apply_launch(self) -> Launch:
+        strides = (*self._strides("q"), *self._row_stride("q_cos"))
+        told = (self.how.scale, self.how.eps)
+        return self._launch(kernels.apply_kernel, "apply", self.heads, self._query_constants(), strides, self.q_tokens, *told)
+
+    @cached_property
+    def apply_back_launches(self) -> dict[tuple[bool, bool, bool], Launch]:
+        """By whether they add up the record's gradient, write q's, and add more to it."""
+        strides = (*self._strides("q"), *self._strides("do"), *self._row_stride("q_cos"))
+        found = {}
+        for sums, out, more in ((True, True, False), (True, False, False), (False, True, True), (False, True, False)):
+            constants = {**self._query_constants(), "SUMS": sums, "OUT": out, "MORE": more}
+            told = (self.gather_back_launch.runs if more and self.kinds["k"] is not None else 1, self.how.scale, self.how.eps)
+            name = "apply_back" if sums else "apply_back_out"
+            kernel = backward.apply_back_kernel
+            found[sums, out, more] = self._launch(kernel, name, self.heads, constants, strides, self.q_tokens, *told)
+        return found
+
+    def combine_launch(self, runs: int, grad: bool) -> Launch:
+        run = launcher(kernels.combine_kernel, L=self.size.L, END=self.size.END, BLOCK=BLOCK, GRAD=grad, MEAN=self.how.mean, num_warps=4)
+        return Launch(run, (self.rows * self.key_heads, cdiv(self.size.L, BLOCK), 1), (), (runs,), 1)
+
+    @cached_property
+    def gather_combine(self) -> Launch:
+        return self.combine_launch(self.gather_launch.runs, False)
+
+    @cached_property
+    def grad_combine(self) -> Launch:
+        group = self.heads // self.key_heads
+        return self.combine_launch(self.apply_back_launches[True, False, False].runs * group, True)
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+
+    def mean(self, q: Tensor, x: Tensors) -> Tensor:
+        """Shares of the mean of φ(q): ``[rows, heads of q, runs, F]``."""
+        sums = self.empty(self.rows, self.q_heads, self.mean_launch.runs, self.size.F)
+        self.mean_launch(q, sums, q if x.cu is None else x.cu)
+        return sums
+
+    def _key_tensors(self, x: Tensors, queries: Tensor | None) -> list[Tensor]:
+        k = x.k
+        assert k is not None and x.v is not None
+        return [k, x.v, *[k if t is None else t for t in (queries, x.logits, x.factors, x.seen, x.k_cos, x.k_sin, x.cu)]]
+
+    def gather(self, x: Tensors, queries: Tensor | None) -> Tensor:
+        """The record ``[rows, key heads, L]``."""
+        runs = self.gather_launch.runs
+        parts = self.empty(self.rows, self.key_heads, runs, self.size.L)
+        self.gather_launch(*self._key_tensors(x, queries), parts)
+        if runs == 1:
+            return parts[:, :, 0]
+        record = self.empty(self.rows, self.key_heads, self.size.L)
+        self.gather_combine(parts, record, parts)
+        return record
+
+    def apply(self, x: Tensors, record: Tensor) -> Tensor:
+        """o ``[B, N, H, V]``."""
+        q = x.q
+        assert q is not None
+        o = self.empty(self.batch, self.q_tokens, self.heads, self.size.V, dtype=q.dtype)
+        self.apply_launch(q, record, *[q if t is None else t for t in (x.q_cos, x.q_sin, x.cu)], o)
+        return o
+
+    def apply_back(
+        self, x: Tensors, do: Tensor, record: Tensor, more: Tensor | None, *, sums: bool, out: bool
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """q's gradient ``[B, N, H, D]`` and the record's ``[rows, key heads, L]``, those of them that are asked for."""
+        q = x.q
+        assert q is not None
+        launch = self.apply_back_launches[sums, out, more is not None]
+        dq = self.empty(self.batch, self.q_tokens, self.heads, self.size.D, dtype=q.dtype) if out else None
+        parts = self.empty(self.rows, self.heads, launch.runs, self.size.L) if sums else None
+        launch(q, do, record, *[q if t is None else t for t in (more, x.q_cos, x.q_sin, x.cu, dq, parts)])
+        if parts is None:
+            return dq, None
+        grads = self.empty(self.rows, self.key_heads, self.size.L)
+        self.grad_combine(parts, grads, record)
+        return dq, grads
+
+    def gather_back(self, x: Tensors, record: Tensor, grads: Tensor, queries: Tensor | None) -> dict[str, Tensor]:
+        """Gradients per key head: k, v, and of queries ``[rows, key heads, runs, F]``, logits and factors where there are any."""
+        launch, lead = self.gather_back_launch, (self.batch, self.tokens, self.key_heads)
+        found = {"k": self.empty(*lead, self.size.D, dtype=self.dtype), "v": self.empty(*lead, self.size.V, dtype=self.dtype)}
+        if queries is not None:
+            found["query"] = self.empty(self.rows, self.key_heads, launch.runs, self.size.F)
+        if x.logits is not None:
+            found["logits"] = self.empty(*lead)
+        if x.factors is not None:
+            found["factors"] = self.empty(*lead)
+        outputs = [found.get(name, grads) for name in ("query", "logits", "factors")]
+        launch(*self._key_tensors(x, queries), record, grads, found["k"], found["v"], *outputs)
+        return found

@@ -59,9 +59,17 @@ TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("mirror", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
     # of moments: columns are tokens of a tile, the width is that of features or values
     **{
-        (kernel, width, 16, "none"): (row, row)
-        for kernel in ("gather", "apply", "apply_back", "apply_back_out", "gather_back")
-        for width, row in ((64, Config(64, 4, 3)), (128, Config(64, 8, 3)), (256, Config(32, 8, 2)))
+        (kernel, width, 16, turned): (row, row)
+        for turned in ("none", "turned")
+        for kernel, rows in {
+            "mean": (Config(128, 4, 2), Config(32, 8, 3), Config(32, 8, 2)),
+            "gather": (Config(128, 4, 2), Config(128, 8, 3), Config(64, 8, 2)),
+            "apply": (Config(64, 4, 3), Config(64, 4, 3), Config(32, 8, 2)),
+            "apply_back": (Config(64, 4, 3), Config(32, 8, 3), Config(32, 8, 2)),
+            "apply_back_out": (Config(64, 4, 2), Config(64, 4, 2), Config(32, 8, 2)),
+            "gather_back": (Config(64, 4, 2), Config(64, 8, 2), Config(32, 8, 2)),
+        }.items()
+        for width, row in zip((64, 128, 256), rows)
     },
 }
 

@@ -198,7 +198,8 @@ def _kernels_serve(
         return False
     known = all(name is None or (isinstance(name, str) and name in KERNEL_MAPS) for name in maps)
     alike = len({name in TWO_SIGNS for name in maps}) == 1
-    fits = 0 < values <= 128 and 0 < x.shape[-1] <= 128 and (rotary is None or x.shape[-1] % 2 == 0)
+    widest = 128 if x.dtype == torch.bfloat16 else 64  # in float32 more does not fit shared memory
+    fits = 0 < values <= widest and 0 < x.shape[-1] <= widest and (rotary is None or x.shape[-1] % 2 == 0)
     return known and alike and fits and (traced(x) or x.numel() > 0)
 
 

@@ -17,11 +17,13 @@ from subquad.ops.moments.blocks import (
     copy,
     feature,
     feature_back,
+    in_parts,
     load_matrix,
     load_vector,
     normal,
     normal_back,
     pick,
+    product,
     read_record,
     run_of,
     store_record,
@@ -38,7 +40,7 @@ def apply_back_kernel(
     H: tl.constexpr, GQ: tl.constexpr, GM: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, NORMAL: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
-    OUT: tl.constexpr, MORE: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    OUT: tl.constexpr, MORE: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `apply_kernel`.
 
@@ -66,9 +68,9 @@ def apply_back_kernel(
     by, mean, live = read_record(record, vs, n, V, F, MEAN)
     z, z_second = load_vector(record + F * V, ch, D, TWO)
     z, z_second = z * by, z_second * by
-    read = tl.trans((load_matrix(record, ch, vs, D, V, False) * by).to(MT))
+    read, rest = in_parts(tl.trans(load_matrix(record, ch, vs, D, V, False) * by), MT, SPLIT)
     if TWO:
-        read_second = tl.trans((load_matrix(record, ch, vs, D, V, True) * by).to(MT))
+        read_second, rest_second = in_parts(tl.trans(load_matrix(record, ch, vs, D, V, True) * by), MT, SPLIT)
     extra, extra_second = z * 0, z * 0
     if MORE:
         more += (i_q * H + i_h) * parts * F
@@ -78,7 +80,7 @@ def apply_back_kernel(
     dM, dM_second = tl.zeros([BD, BV], tl.float32), tl.zeros([BD, BV] if TWO else [1, 1], tl.float32)
     dz, dz_second = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
     d_mean = tl.zeros([BV], tl.float32)
-    d_weight = 0.0
+    d_weight = tl.zeros([C], tl.float32)
     start, stop = run_of(i_s, splits, n, C)
     for i in range(start, stop):
         rows = (i * C + tl.arange(0, C)).to(tl.int64)
@@ -90,17 +92,17 @@ def apply_back_kernel(
         alpha, beta = normal(t, scale, eps, NORMAL)
         alpha = tl.where(rows < live, alpha, 0.0)
         c, s = angles(cos, sin, rows, n, D, BD) if TURN else (t, t)
-        back = turn(tl.dot(td.to(MT), read, input_precision=IP), c, -s, TURN)
+        back = turn(product(td.to(MT), read, rest, SPLIT, IP), c, -s, TURN)
         if TWO:
-            back = pick(x, back, turn(tl.dot(td.to(MT), read_second, input_precision=IP), c, -s, TURN), TWO)
+            back = pick(x, back, turn(product(td.to(MT), read_second, rest_second, SPLIT, IP), c, -s, TURN), TWO)
         num = tl.sum(phi * back, 1)
         b = tl.sum(td.to(tl.float32) * mean[None, :], 1) if CENTRED else num * 0
         dt = tl.where(rows < live, normal_back(t, num, b, scale, eps, NORMAL), 0.0)
         if SUMS:
-            d_weight += tl.sum(alpha * num + dt * t, 0)
+            d_weight += alpha * num + dt * t
             if CENTRED:
                 d_mean += tl.sum(beta[:, None] * td.to(tl.float32), 0)
-                d_weight += tl.sum(beta * b, 0)
+                d_weight += beta * b
             part = copy(x, phi, False, TWO)
             dz += tl.sum(dt[:, None] * part, 0)
             dM = tl.dot(tl.trans(turn(part * alpha[:, None], c, s, TURN).to(MT)), td.to(MT), dM, input_precision=IP)
@@ -114,7 +116,7 @@ def apply_back_kernel(
                 d_phi += pick(x, extra[None, :], extra_second[None, :], TWO)
             store_tile(dq, H * D, rows, n, ch, D, BD, feature_back(x, phi, d_phi, MAP))
     if SUMS:
-        store_record(grads + program.to(tl.int64) * L, ch, vs, dM, dM_second, dz, dz_second, d_mean, d_weight, D, V, TWO)
+        store_record(grads + program.to(tl.int64) * L, ch, vs, dM, dM_second, dz, dz_second, d_mean, tl.sum(d_weight, 0), D, V, TWO)
 
 
 @triton.jit(do_not_specialize=["N", "splits", "parts", "scale"])
@@ -124,7 +126,7 @@ def gather_back_kernel(
     H: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GG: tl.constexpr, GL: tl.constexpr, GF: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, QUERY: tl.constexpr, LOGITS: tl.constexpr, FACTORS: tl.constexpr,
-    MASK: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    MASK: tl.constexpr, TOTAL: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `gather_kernel`, from those of the record: each head its own.
 
@@ -160,10 +162,10 @@ def gather_back_kernel(
     top = tl.load(record + i_qh.to(tl.int64) * L + F * V + F + V + 1)
     shift = tl.where(top == float("-inf"), 0.0, top)
     grads += i_qh.to(tl.int64) * L
-    dM = load_matrix(grads, ch, vs, D, V, False).to(MT)
+    dM, rest = in_parts(load_matrix(grads, ch, vs, D, V, False), MT, SPLIT)
     across = tl.trans(dM)
     if TWO:
-        dM_second = load_matrix(grads, ch, vs, D, V, True).to(MT)
+        dM_second, rest_second = in_parts(load_matrix(grads, ch, vs, D, V, True), MT, SPLIT)
         across_second = tl.trans(dM_second)
     dz, dz_second = load_vector(grads + F * V, ch, D, TWO)
     d_total = tl.load(grads + F * V + F + vs, mask=vs < V, other=0.0)
@@ -185,15 +187,20 @@ def gather_back_kernel(
         grown = tl.exp2((logit - shift) * LOG2E) if QUERY or LOGITS else keep.to(tl.float32)
         w *= grown
         c, s = angles(cos, sin, rows, n, D, BD) if TURN else (w, w)
+        out = product(turn(copy(x, phi, False, TWO), c, s, TURN).to(MT), dM, rest, SPLIT, IP)
+        if TWO:
+            out += product(turn(copy(x, phi, True, TWO), c, s, TURN).to(MT), dM_second, rest_second, SPLIT, IP)
+        if TOTAL:
+            out += d_total[None, :]
+        store_tile(dv, H * V, rows, n, vs, V, BV, tl.where(w[:, None] != 0, out * w[:, None], 0.0))
         d_phi = turn(tl.dot(tv.to(MT), across, input_precision=IP), c, -s, TURN)
-        out = tl.dot(turn(copy(x, phi, False, TWO), c, s, TURN).to(MT), dM, input_precision=IP)
         if TWO:
             d_phi = pick(x, d_phi, turn(tl.dot(tv.to(MT), across_second, input_precision=IP), c, -s, TURN), TWO)
-            out = tl.dot(turn(copy(x, phi, True, TWO), c, s, TURN).to(MT), dM_second, out, input_precision=IP)
-        store_tile(dv, H * V, rows, n, vs, V, BV, tl.where(w[:, None] != 0, (out + d_total[None, :]) * w[:, None], 0.0))
         d_phi += pick(x, dz[None, :], dz_second[None, :], TWO)
         if QUERY or LOGITS or FACTORS:
-            inner = tl.sum(phi * d_phi, 1) + tl.sum(tv.to(tl.float32) * d_total[None, :], 1) + d_weight
+            inner = tl.sum(phi * d_phi, 1) + d_weight
+            if TOTAL:
+                inner += tl.sum(tv.to(tl.float32) * d_total[None, :], 1)
         d_phi *= w[:, None]
         if QUERY:
             d_score = scale * w * inner

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.triton_blocks import LOG2E
+from subquad.ops.triton_blocks import LOG2E, in_two
 
 IDENTITY, ELU1, RELU, EXP, SILU, SIGN_CUBE, NORM_POWER = (tl.constexpr(i) for i in range(7))
 DIVIDE, FLOORED, NONE, MAGNITUDE, SUBTRACT = (tl.constexpr(i) for i in range(5))  # the last two also read the mean of v
@@ -107,6 +107,23 @@ def turn(x, cos, sin, TURN: tl.constexpr):
         a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
         x = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), [x.shape[0], x.shape[1]])
     return x
+
+
+@triton.jit
+def in_parts(x, MT: tl.constexpr, SPLIT: tl.constexpr):
+    """float32 x in MT, and with SPLIT what rounding leaves of it."""
+    if SPLIT:
+        first, second = in_two(x, MT)
+    else:
+        first, second = x.to(MT), x.to(MT)
+    return first, second
+
+
+@triton.jit
+def product(a, b, rest, SPLIT: tl.constexpr, IP: tl.constexpr):
+    """a·b, with SPLIT of a b in two parts: rounded once, a large mean in b would drown what is left where it cancels."""
+    y = tl.dot(a, b, input_precision=IP)
+    return tl.dot(a, rest, y, input_precision=IP) if SPLIT else y
 
 
 @triton.jit

@@ -24,10 +24,12 @@ from subquad.ops.moments.blocks import (
     channels,
     copy,
     feature,
+    in_parts,
     load_matrix,
     load_vector,
     normal,
     pick,
+    product,
     read_record,
     run_of,
     store_record,
@@ -74,7 +76,7 @@ def gather_kernel(
     H: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GG: tl.constexpr, GL: tl.constexpr, GF: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, QUERY: tl.constexpr, LOGITS: tl.constexpr, FACTORS: tl.constexpr,
-    MASK: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    MASK: tl.constexpr, TOTAL: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """The record ``[rows, H, splits, L]`` of a run of keys ``[B, N, H/GK, D]`` and values ``[B, N, H/GV, V]``.
 
@@ -83,6 +85,7 @@ def gather_kernel(
         logits, factors: with LOGITS, FACTORS ``[B, N, heads]``.
         seen: with MASK ``[B, N]``, 0 for padding.
         cos, sin: with TURN ``[1 or B, N, D/2]``.
+        TOTAL: whether Σ w v is wanted; it is 0 otherwise.
     """
     program = tl.program_id(0)
     i_s, i_qh = program % splits, program // splits
@@ -109,7 +112,7 @@ def gather_kernel(
     M, second = tl.zeros([BD, BV], tl.float32), tl.zeros([BD, BV] if TWO else [1, 1], tl.float32)
     z, z_second = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
     total = tl.zeros([BV], tl.float32)
-    weight = 0.0
+    weight = tl.zeros([C], tl.float32)
     top = float("-inf")
     start, stop = run_of(i_s, splits, n, C)
     for i in range(start, stop):
@@ -129,12 +132,15 @@ def gather_kernel(
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             w *= tl.exp2((logit - shift) * LOG2E)
             past = tl.exp2((top - shift) * LOG2E)
-            M, z, total, weight = M * past, z * past, total * past, weight * past
+            M, z, weight = M * past, z * past, weight * past
+            if TOTAL:
+                total *= past
             if TWO:
                 second, z_second = second * past, z_second * past
             top = higher
-        weight += tl.sum(w, 0)
-        total += tl.sum(w[:, None] * tv.to(tl.float32), 0)
+        weight += w
+        if TOTAL:
+            total += tl.sum(w[:, None] * tv.to(tl.float32), 0)
         phi *= w[:, None]
         c, s = angles(cos, sin, rows, n, D, BD) if TURN else (w, w)
         part = copy(x, phi, False, TWO)
@@ -145,6 +151,7 @@ def gather_kernel(
             z_second += tl.sum(part, 0)
             second = tl.dot(tl.trans(turn(part, c, s, TURN).to(MT)), tv.to(MT), second, input_precision=IP)
 
+    weight = tl.sum(weight, 0)
     if not (QUERY or LOGITS):
         top = tl.where(weight > 0, 0.0, float("-inf"))
     record += program.to(tl.int64) * L
@@ -186,8 +193,8 @@ def apply_kernel(
     q, record, cos, sin, cu, o, sq_b, sq_n, sq_h, sr_b, N, splits, scale, eps,
     H: tl.constexpr, GQ: tl.constexpr, GM: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
-    MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, NORMAL: tl.constexpr, MEAN: tl.constexpr, PACKED: tl.constexpr,
-    WIDE: tl.constexpr, IP: tl.constexpr,
+    MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, NORMAL: tl.constexpr, MEAN: tl.constexpr, SPLIT: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """o ``[B, N, H, V]``, contiguous, of queries ``[B, N, H/GQ, D]`` on records ``[rows, H/GM, L]``."""
     program = tl.program_id(0)
@@ -206,9 +213,9 @@ def apply_kernel(
     by, mean, live = read_record(record, vs, n, V, F, MEAN)
     z, z_second = load_vector(record + F * V, ch, D, TWO)
     z, z_second = z * by, z_second * by
-    read = (load_matrix(record, ch, vs, D, V, False) * by).to(MT)
+    read, rest = in_parts(load_matrix(record, ch, vs, D, V, False) * by, MT, SPLIT)
     if TWO:
-        read_second = (load_matrix(record, ch, vs, D, V, True) * by).to(MT)
+        read_second, rest_second = in_parts(load_matrix(record, ch, vs, D, V, True) * by, MT, SPLIT)
     start, stop = run_of(i_s, splits, n, C)
     for i in range(start, stop):
         rows = (i * C + tl.arange(0, C)).to(tl.int64)
@@ -217,9 +224,9 @@ def apply_kernel(
         t = tl.sum(phi * pick(x, z[None, :], z_second[None, :], TWO), 1)
         c, s = angles(cos, sin, rows, n, D, BD) if TURN else (t, t)
         alpha, beta = normal(t, scale, eps, NORMAL)
-        out = tl.dot(turn(copy(x, phi, False, TWO), c, s, TURN).to(MT), read, input_precision=IP)
+        out = product(turn(copy(x, phi, False, TWO), c, s, TURN).to(MT), read, rest, SPLIT, IP)
         if TWO:
-            out = tl.dot(turn(copy(x, phi, True, TWO), c, s, TURN).to(MT), read_second, out, input_precision=IP)
+            out += product(turn(copy(x, phi, True, TWO), c, s, TURN).to(MT), read_second, rest_second, SPLIT, IP)
         out *= tl.where(rows < live, alpha, 1.0)[:, None]
         if NORMAL >= MAGNITUDE:
             out += beta[:, None] * mean[None, :]

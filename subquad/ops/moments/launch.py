@@ -127,6 +127,10 @@ class Plan:
             "D": width, "BD": padded(width), "HALVES": how.halves, "TWO": width < self.size.F, "PACKED": cu is not None,
         }  # fmt: skip
         wide = INTERPRETED or self.dtype != torch.bfloat16
+        centred = how.normalizer in ("magnitude", "subtract") or q is None  # Σ w v is read, or given to the caller
+        turned = kinds["q_cos"] is not None or kinds["k_cos"] is not None
+        self.total = {"TOTAL": centred}
+        self.split = {"SPLIT": not wide and (not turned or width <= 32)}
         self.both = {"V": values, "BV": padded(values), "L": self.size.L, "WIDE": wide, "IP": "tf32x3" if wide else "tf32", **self.same}
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -138,7 +142,8 @@ class Plan:
         self, kernel: Any, name: str, heads: int, constants: dict[str, Any], strides: tuple[int, ...], tokens: int, *plain: Any
     ) -> Launch:  # fmt: skip
         """`plain` is what follows the tokens and runs among the kernel's plain numbers."""
-        row = config(name, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype), "none", False)
+        turned = "turned" if constants.get("TURN") else "none"
+        row = config(name, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype), turned, False)
         per = PER or (4 if row.warps <= 4 else 2)
         runs = max(1, min(per * processors(self.device) // max(1, self.rows * heads), cdiv(self.row_tokens, 2 * row.columns)))
         run = launcher(kernel, C=row.columns, num_warps=row.warps, num_stages=row.stages, **constants)
@@ -156,9 +161,9 @@ class Plan:
     @cached_property
     def mean_launch(self) -> Launch:
         constants = {"H": self.q_heads, "MAP": MAPS[self.how.q_map], **self.same}
-        return self._launch(kernels.mean_kernel, "gather", self.q_heads, constants, self._strides("q"), self.q_tokens)
+        return self._launch(kernels.mean_kernel, "mean", self.q_heads, constants, self._strides("q"), self.q_tokens)
 
-    def _key_launch(self, kernel: Any, name: str) -> Launch:
+    def _key_launch(self, kernel: Any, name: str, **more: bool) -> Launch:
         kinds, heads = self.kinds, self.key_heads
 
         def group(name: str, dim: int = 2) -> int:
@@ -170,7 +175,7 @@ class Plan:
             "H": heads, "GK": group("k"), "GV": group("v"), "GL": group("logits"), "GF": group("factors"),
             "GG": heads // self.q_heads if self.how.averaged else group("query", 1),
             "MAP": MAPS[self.how.k_map], "TURN": kinds["k_cos"] is not None, "QUERY": query, "LOGITS": kinds["logits"] is not None,
-            "FACTORS": kinds["factors"] is not None, "MASK": kinds["seen"] is not None, **self.both,
+            "FACTORS": kinds["factors"] is not None, "MASK": kinds["seen"] is not None, **self.total, **self.both, **more,
         }  # fmt: skip
         strides = (
             *self._strides("k"), *self._strides("v"), *self._strides("logits"), *self._strides("factors"), *self._strides("seen", 2),
@@ -185,12 +190,13 @@ class Plan:
 
     @cached_property
     def gather_back_launch(self) -> Launch:
-        return self._key_launch(backward.gather_back_kernel, "gather_back")
+        return self._key_launch(backward.gather_back_kernel, "gather_back", **self.split)
 
     def _query_constants(self) -> dict[str, Any]:
         return {
             "H": self.heads, "GQ": self.heads // self.q_heads, "GM": self.heads // self.key_heads, "MAP": MAPS[self.how.q_map],
-            "TURN": self.kinds["q_cos"] is not None, "NORMAL": NORMALS[self.how.normalizer], "MEAN": self.how.mean, **self.both,
+            "TURN": self.kinds["q_cos"] is not None, "NORMAL": NORMALS[self.how.normalizer], "MEAN": self.how.mean,
+            **self.split, **self.both,
         }  # fmt: skip
 
     @cached_property

@@ -35,7 +35,7 @@ RALA = {"feature_map": "elu1", "global_query": "mean"}
 MALA = {"feature_map": "elu1", "normalizer": "magnitude"}
 NALA = {"feature_map": ("norm_power", "sign_cube")}
 CASES = {
-    "rala": Case(RALA),
+    "rala": Case(RALA, every=True),
     "rala, rotary": Case(RALA, rotary="adjacent", every=True),
     "rala, rotary in halves": Case(RALA, rotary="halves"),
     "mala, rotary": Case(MALA, rotary="adjacent", every=True),

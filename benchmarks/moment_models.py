@@ -28,7 +28,7 @@ def our_model() -> nn.Module:
 
 def author_model(folder: Path) -> nn.Module:
     """RAVLT-S of a checkout of qhfan/RALA; fvcore, which it only counts with, may be missing."""
-    if importlib.util.find_spec("fvcore") is None and "fvcore" not in sys.modules:
+    if "fvcore" not in sys.modules and importlib.util.find_spec("fvcore") is None:
         names = ("FlopCountAnalysis", "flop_count_table")
         sys.modules["fvcore"] = types.ModuleType("fvcore")
         sys.modules["fvcore.nn"] = types.ModuleType("fvcore.nn")

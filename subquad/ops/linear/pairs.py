@@ -129,12 +129,9 @@ def pairs_backward_kernel(
                     w = to_middle(base_g, sg_n, rows, left, ds, D, DP, BD, C, 2**level)
                     part = tl.where(halves(rows, 2**level, False), scores, 0.0).to(MT)
                     wq, wk = (tq * w).to(MT), (tk * w).to(MT)
-                    if tl.float32 == MT:  # the other way round, Triton 3.6 reads beyond its shared memory
-                        from_k = tl.trans(tl.dot(tl.trans(wk), tl.trans(part), input_precision=IP))
-                        from_q = tl.trans(tl.dot(tl.trans(wq), part, input_precision=IP))
-                    else:
-                        from_k = tl.dot(part, wk, input_precision=IP)
-                        from_q = tl.dot(tl.trans(part), wq, input_precision=IP)
+                    # the other way round, with more rows than columns, Triton 3.6 makes it read beyond its shared memory
+                    from_k = tl.trans(tl.dot(tl.trans(wk), tl.trans(part), input_precision=IP))
+                    from_q = tl.trans(tl.dot(tl.trans(wq), part, input_precision=IP))
                     to_q += w * from_k
                     to_k += w * from_q
                     e += wq.to(tl.float32) * from_k - wk.to(tl.float32) * from_q

@@ -163,10 +163,10 @@ def gather_back_kernel(
     shift = tl.where(top == float("-inf"), 0.0, top)
     grads += i_qh.to(tl.int64) * L
     dM, rest = in_parts(load_matrix(grads, ch, vs, D, V, False), MT, SPLIT)
-    across = tl.trans(dM)
+    across, rest_across = tl.trans(dM), tl.trans(rest)
     if TWO:
         dM_second, rest_second = in_parts(load_matrix(grads, ch, vs, D, V, True), MT, SPLIT)
-        across_second = tl.trans(dM_second)
+        across_second, rest_across_second = tl.trans(dM_second), tl.trans(rest_second)
     dz, dz_second = load_vector(grads + F * V, ch, D, TWO)
     d_total = tl.load(grads + F * V + F + vs, mask=vs < V, other=0.0)
     d_weight = tl.load(grads + F * V + F + V)
@@ -193,9 +193,9 @@ def gather_back_kernel(
         if TOTAL:
             out += d_total[None, :]
         store_tile(dv, H * V, rows, n, vs, V, BV, tl.where(w[:, None] != 0, out * w[:, None], 0.0))
-        d_phi = turn(tl.dot(tv.to(MT), across, input_precision=IP), c, -s, TURN)
+        d_phi = turn(product(tv.to(MT), across, rest_across, SPLIT, IP), c, -s, TURN)
         if TWO:
-            d_phi = pick(x, d_phi, turn(tl.dot(tv.to(MT), across_second, input_precision=IP), c, -s, TURN), TWO)
+            d_phi = pick(x, d_phi, turn(product(tv.to(MT), across_second, rest_across_second, SPLIT, IP), c, -s, TURN), TWO)
         d_phi += pick(x, dz[None, :], dz_second[None, :], TWO)
         if QUERY or LOGITS or FACTORS:
             inner = tl.sum(phi * d_phi, 1) + d_weight

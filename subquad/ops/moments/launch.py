@@ -16,7 +16,6 @@ from subquad.ops.moments import backward, blocks, kernels
 MAPS = {name: getattr(blocks, name.upper()).value for name in ("identity", "elu1", "relu", "exp", "silu", "sign_cube", "norm_power")}
 TWO_SIGNS = "sign_cube", "norm_power"
 NORMALS = {name: getattr(blocks, name.upper()).value for name in ("divide", "floored", "magnitude", "subtract", "none")}
-PER = None
 BLOCK = 1024  # numbers of a record that one program combines
 
 
@@ -130,7 +129,8 @@ class Plan:
         centred = how.normalizer in ("magnitude", "subtract") or q is None  # Σ w v is read, or given to the caller
         turned = kinds["q_cos"] is not None or kinds["k_cos"] is not None
         self.total = {"TOTAL": centred}
-        self.split = {"SPLIT": not wide and (not turned or width <= 32)}
+        # where nothing turns, a mean over tokens cancels in the gradients; few channels average rounding less; wide ones lack the room
+        self.split = {"SPLIT": not wide and width <= 64 and (not turned or width <= 32)}
         self.both = {"V": values, "BV": padded(values), "L": self.size.L, "WIDE": wide, "IP": "tf32x3" if wide else "tf32", **self.same}
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -142,9 +142,9 @@ class Plan:
         self, kernel: Any, name: str, heads: int, constants: dict[str, Any], strides: tuple[int, ...], tokens: int, *plain: Any
     ) -> Launch:  # fmt: skip
         """`plain` is what follows the tokens and runs among the kernel's plain numbers."""
-        turned = "turned" if constants.get("TURN") else "none"
-        row = config(name, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype), turned, False)
-        per = PER or (4 if row.warps <= 4 else 2)
+        way = "signs" if self.same["TWO"] else "turned" if constants.get("TURN") else "none"
+        row = config(name, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype), way, False)
+        per = 4 if row.warps <= 4 else 2
         runs = max(1, min(per * processors(self.device) // max(1, self.rows * heads), cdiv(self.row_tokens, 2 * row.columns)))
         run = launcher(kernel, C=row.columns, num_warps=row.warps, num_stages=row.stages, **constants)
         return Launch(run, (self.rows * heads * runs, 1, 1), strides, (tokens, runs, *plain), runs)

@@ -83,7 +83,7 @@ def train(
     """
     if len(data.labels) < recipe.batch_size:
         raise InputError("batch_size", recipe.batch_size, f"at most the images to train on, {len(data.labels)}")
-    run = _Run(model, data, recipe, seed, device, precision, engine, out, identity or {})
+    run = Run(model, data, recipe, seed, device, precision, engine, out, identity or {})
     with _interruptible() as stopped:
         while run.step < run.steps:
             words = run.advance()
@@ -118,7 +118,7 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-class _Run:
+class Run:
     """Where a run stands."""
 
     def __init__(

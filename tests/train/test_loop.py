@@ -67,7 +67,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(digits, tmp_path, make, s
 
 def test_weights_are_averaged_by_the_formula(digits):
     recipe = Recipe(epochs=1, batch_size=16, lr=1e-2, ema=0.6, warmup=0.5)
-    run = loop._Run(vit(), digits, recipe, 0, "cpu", None, "torch", None, {})
+    run = loop.Run(vit(), digits, recipe, 0, "cpu", None, "torch", None, {})
     name = "blocks.0.attn.qkv.weight"
     average = run.raw.state_dict()[name].clone()
     for step in range(1, 6):

@@ -46,7 +46,7 @@ class Plan:
     lr: float = 2e-3
 
 
-FULL = Plan(seeds=3, epochs=24, batch=128, width=64, depth=4, heads=2, digits=8000, tests=2000)
+FULL = Plan(seeds=3, epochs=20, batch=128, width=64, depth=4, heads=2, digits=8000, tests=2000)
 QUICK = Plan(seeds=2, epochs=2, batch=32, width=16, depth=2, heads=2, digits=128, tests=64)
 
 

@@ -41,7 +41,7 @@ def test_the_harder_canvases_hold_the_same_digits(experiment):
 
 def test_a_row_is_of_its_own_runs_and_the_best_comes_first(experiment):
     def run(mechanism, seed, share, half=0.5):
-        return {"mechanism": mechanism, "seed": seed, "accuracy": {"8": share, "0": 0.9, "16": 0.3}, "half_way": half, "seconds": 4.0}
+        return {"mechanism": mechanism, "seed": seed, "accuracy": {"4": share, "0": 0.9, "8": 0.3}, "half_way": half, "seconds": 4.0}
 
     runs = [run("rala", 0, 0.70), run("rala", 1, 0.72), run("mala", 0, 0.80), {"mechanism": "inline", "seed": 0, "error": "OutOfMemory: x"}]
     rows = experiment.rows(runs, {"rala": 3.21})

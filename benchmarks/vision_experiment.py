@@ -5,7 +5,7 @@
 There is no convolution but that of the patches: with a stem of four, which sees most of a stroke, what was tried learnt alike, whatever
 the attention (docs/lab-notes.md).
 
-python benchmarks/vision_experiment.py --device cuda --out FOLDER      nine mechanisms × three seeds, in about three minutes on an H100
+python benchmarks/vision_experiment.py --device cuda --out FOLDER      nine mechanisms × three seeds, 190 s at most
 python benchmarks/vision_experiment.py --quick                         the same in small, on a CPU: shows that it works, and nothing else
 
 The digits are the 10,000 of the package: 8,000 are composed into new canvases for every batch, 2,000 are tested on, on canvases with as

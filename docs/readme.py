@@ -1,4 +1,5 @@
-"""Writes the generated tables of README.md: the mechanisms, from their cards, and the results, from the result files.
+"""Writes the generated tables of README.md, the mechanisms from their cards and the results from the result files, and that of
+the page on the experiment with images.
 
 python docs/readme.py            rewrite what stands between the markers
 python docs/readme.py --check    exit with 1 if that would change anything
@@ -18,9 +19,12 @@ import subquad
 from subquad.bench.speed import bytes_text, card_cost
 from subquad.contract import FAMILIES, option_defaults
 
-README = ROOT / "README.md"
+README, EXPERIMENT = ROOT / "README.md", ROOT / "docs" / "vision_experiment.md"
 TOKENS = 65536
-SHOWN = {"kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention")}  # of long results; the page has all
+SHOWN = {
+    "vision_experiment": "Accuracy",
+    "kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention"),
+}  # of long results; the page has all
 LAYER = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # of SmolLM2-135M
 
 
@@ -53,30 +57,48 @@ def results_table() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def experiment_table() -> str:
+    """Of every device that the experiment with images was made on."""
+    parts = []
+    for content in results().values():
+        if content.get("benchmark") == "vision_experiment":
+            notes = "\n".join(f"- {note}" for note in content.get("notes", []))
+            tables = [table(one["columns"], one["rows"]) for one in result_tables(content)]
+            parts += [f"{content['tables'][0]['title']} ({stamped(content)})", *tables, notes]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def between(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)")
 
 
-def render(text: str) -> str:
-    """README.md with its generated parts made anew."""
-    for name, part in (("mechanisms", mechanism_table()), ("results", results_table())):
-        text, count = between(name).subn(lambda _, part=part: f"\n{part}\n\n", text)
+def render(text: str, generated: dict[str, str], name: str = "README.md") -> str:
+    """A page with its generated parts, by marker, made anew."""
+    for marker, part in generated.items():
+        text, count = between(marker).subn(lambda _, part=part: f"\n{part}\n\n", text)
         if count != 1:
-            raise SystemExit(f"README.md: got {count} parts marked {name!r}; expected one")
+            raise SystemExit(f"{name}: got {count} parts marked {marker!r}; expected one")
     return text
 
 
 def main() -> int:
-    old = README.read_text(encoding="utf-8")
-    new = render(old)
-    if new == old:
-        return 0
-    if "--check" in sys.argv[1:]:
-        print("README.md is out of date: run `make docs`", file=sys.stderr)
-        return 1
-    README.write_text(new, encoding="utf-8")
-    print("README.md rewritten")
-    return 0
+    pages = {
+        README: {"mechanisms": mechanism_table(), "results": results_table()},
+        EXPERIMENT: {"vision-experiment": experiment_table()},
+    }
+    stale = False
+    for path, generated in pages.items():
+        old = path.read_text(encoding="utf-8")
+        new = render(old, generated, path.name)
+        if new == old:
+            continue
+        if "--check" in sys.argv[1:]:
+            print(f"{path.name} is out of date: run `make docs`", file=sys.stderr)
+            stale = True
+            continue
+        path.write_text(new, encoding="utf-8")
+        print(f"{path.name} rewritten")
+    return int(stale)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subquad
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HEAVY = {"transformers", "timm", "torchvision", "matplotlib", "accelerate", "gguf", "triton"}
+HEAVY = {"transformers", "timm", "torchvision", "matplotlib", "accelerate", "gguf", "triton", "sklearn"}
 
 
 def python(code: str, **env: str) -> str:
@@ -79,7 +79,7 @@ def test_command_lists_every_mechanism():
     assert {card["name"] for card in listed} >= {n for n in subquad.mechanisms() if subquad.mechanism(n).__module__.startswith("subquad.")}
 
 
-@pytest.mark.parametrize("name", ["py.typed", "demo/moby-dick.txt.xz", "demo/DATA.md"])
+@pytest.mark.parametrize("name", ["py.typed", "demo/moby-dick.txt.xz", "demo/DATA.md", "data/mnist.npz", "data/README.md"])
 def test_package_data_is_there_and_would_be_packed(name):
     data = resources.files("subquad") / name
     assert data.is_file()
@@ -96,8 +96,19 @@ def test_heavy_packages_are_extras():
 
 @pytest.mark.parametrize("path", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "subquad").rglob("*.py")))
 def test_files_import_only_from_lower_floors(path):
-    """Floors: ops and the contract 0, mechanisms 1, layers 2, models 3, convert 4, bench 5, cli and demo 6."""
-    floors = {"ops": 0, "mechanisms": 1, "layers": 2, "models": 3, "convert": 4, "bench": 5, "cli": 6, "demo": 6}
+    """Floors: ops and the contract 0, mechanisms 1, layers 2, models 3, convert and train 4, bench 5, cli and demo 6."""
+    floors = {
+        "ops": 0,
+        "mechanisms": 1,
+        "layers": 2,
+        "models": 3,
+        "convert": 4,
+        "train": 4,
+        "bench": 5,
+        "cli": 6,
+        "cli_train": 6,
+        "demo": 6,
+    }
     if path == "subquad/__init__.py":
         pytest.skip("the front door names everything")
     own = floors.get(Path(path).parts[1].removesuffix(".py"), 0)

@@ -1,4 +1,5 @@
-"""Writes the generated tables of README.md: the mechanisms, from their cards, and the results, from the result files.
+"""Writes the generated tables of README.md (the mechanisms, from their cards, and the results, from the result files) and of
+docs/vision.md (from the result files of the vision backbones).
 
 python docs/readme.py            rewrite what stands between the markers
 python docs/readme.py --check    exit with 1 if that would change anything
@@ -20,7 +21,12 @@ from subquad.contract import FAMILIES, option_defaults
 
 README = ROOT / "README.md"
 TOKENS = 65536
-SHOWN = {"kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention")}  # of long results; the page has all
+VISION = ROOT / "docs" / "vision.md"
+SHOWN = {
+    "kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention"),
+    "flops": (),
+    "ranks": (),
+}  # the page has all
 LAYER = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # of SmolLM2-135M
 
 
@@ -53,29 +59,42 @@ def results_table() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def tables_of(benchmark: str) -> str:
+    """The tables of the result files of one benchmark, each under its title."""
+    parts = []
+    for content in results().values():
+        if content.get("benchmark") == benchmark:
+            parts += [f"{one['title']} ({stamped(content)})\n\n{table(one['columns'], one['rows'])}" for one in result_tables(content)]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def between(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)")
 
 
-def render(text: str) -> str:
-    """README.md with its generated parts made anew."""
-    for name, part in (("mechanisms", mechanism_table()), ("results", results_table())):
+def render(path: Path) -> str:
+    """A page with its generated parts made anew."""
+    pages = {README: {"mechanisms": mechanism_table, "results": results_table}}
+    pages[VISION] = {name: lambda name=name: tables_of(name) for name in ("flops",)}
+    text = path.read_text(encoding="utf-8")
+    for name, make in pages[path].items():
+        part = make()
         text, count = between(name).subn(lambda _, part=part: f"\n{part}\n\n", text)
         if count != 1:
-            raise SystemExit(f"README.md: got {count} parts marked {name!r}; expected one")
+            raise SystemExit(f"{path.name}: got {count} parts marked {name!r}; expected one")
     return text
 
 
 def main() -> int:
-    old = README.read_text(encoding="utf-8")
-    new = render(old)
-    if new == old:
-        return 0
-    if "--check" in sys.argv[1:]:
-        print("README.md is out of date: run `make docs`", file=sys.stderr)
-        return 1
-    README.write_text(new, encoding="utf-8")
-    print("README.md rewritten")
+    for path in (README, VISION):
+        new = render(path)
+        if new == path.read_text(encoding="utf-8"):
+            continue
+        if "--check" in sys.argv[1:]:
+            print(f"{path.name} is out of date: run `make docs`", file=sys.stderr)
+            return 1
+        path.write_text(new, encoding="utf-8")
+        print(f"{path.name} rewritten")
     return 0
 
 

@@ -145,3 +145,16 @@ def _outermost(model: nn.Module) -> list[Attention]:
             found.append(module)
             inner.update(id(part) for part in module.modules())
     return found
+
+
+def report(name: str, size: str) -> str:
+    """What `subquad flops` prints."""
+    from subquad.bench.spectrum_report import make_model, parse_sides
+
+    sides = parse_sides(size)
+    model, _ = make_model(name, sides, None, False)
+    count = flops(model, sides)
+    parts = {"convolutions": count.convolutions, "linear layers": count.linear, "attention": count.attention, "all": count.total}
+    rows = [f"{word:17}{value / 1e9:8.2f} G multiply–adds" for word, value in {**parts, "by fvcore's rule": count.fvcore}.items()]
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return "\n".join([f"{name}, {sides[0]} × {sides[1]}: {parameters:.1f} M parameters", *rows])

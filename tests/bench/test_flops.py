@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import subquad
 from subquad.bench.flops import flops
+from subquad.cli import app
 
 timm = pytest.importorskip("timm")
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,14 @@ def test_swapping_takes_the_quadratic_part_away():
     )
     assert after.attention == per_token  # rala's card: 2·D·V + 4·D multiply–adds a head and token
     assert after.convolutions == before.convolutions and after.linear == before.linear
+
+
+def test_the_command():
+    done = CliRunner().invoke(app, ["flops", "deit_tiny_patch16_224", "--size", "112x224"])
+    assert done.exit_code == 0 and done.output.startswith("deit_tiny_patch16_224, 112 × 224: 5.7 M parameters\n")
+    assert float(done.output.split("all")[1].split()[0]) == pytest.approx(0.59, abs=0.02)  # 1.26 at 224², attention a quarter of 0.12
+    wrong = CliRunner().invoke(app, ["flops", "deit_tiny_patch16_224", "--size", "big"])
+    assert wrong.exit_code == 2 and "--size: got 'big'" in wrong.output
 
 
 def test_the_page_is_current():

@@ -75,7 +75,7 @@ def between(name: str) -> re.Pattern[str]:
 def render(path: Path) -> str:
     """A page with its generated parts made anew."""
     pages = {README: {"mechanisms": mechanism_table, "results": results_table}}
-    pages[VISION] = {name: lambda name=name: tables_of(name) for name in ("flops",)}
+    pages[VISION] = {name: lambda name=name: tables_of(name) for name in ("flops", "ranks")}
     text = path.read_text(encoding="utf-8")
     for name, make in pages[path].items():
         part = make()

@@ -1,5 +1,5 @@
-"""Writes the generated tables of README.md, the mechanisms from their cards and the results from the result files, and that of
-the page on the experiment with images.
+"""Writes the generated tables of README.md, the mechanisms from their cards and the results from the result files, and those of
+the pages on images.
 
 python docs/readme.py            rewrite what stands between the markers
 python docs/readme.py --check    exit with 1 if that would change anything
@@ -19,10 +19,12 @@ import subquad
 from subquad.bench.speed import bytes_text, card_cost
 from subquad.contract import FAMILIES, option_defaults
 
-README, EXPERIMENT = ROOT / "README.md", ROOT / "docs" / "vision_experiment.md"
+README, VISION, EXPERIMENT = ROOT / "README.md", ROOT / "docs" / "vision.md", ROOT / "docs" / "vision_experiment.md"
 TOKENS = 65536
 SHOWN = {
     "vision_experiment": "Accuracy",
+    "flops": (),
+    "ranks": (),
     "kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention"),
 }  # of long results; the page has all
 LAYER = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # of SmolLM2-135M
@@ -68,6 +70,15 @@ def experiment_table() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def tables_of(benchmark: str) -> str:
+    """The tables of the result files of one benchmark, each under its title."""
+    parts = []
+    for content in results().values():
+        if content.get("benchmark") == benchmark:
+            parts += [f"{one['title']} ({stamped(content)})\n\n{table(one['columns'], one['rows'])}" for one in result_tables(content)]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def between(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)")
 
@@ -84,6 +95,7 @@ def render(text: str, generated: dict[str, str], name: str = "README.md") -> str
 def main() -> int:
     pages = {
         README: {"mechanisms": mechanism_table(), "results": results_table()},
+        VISION: {name: tables_of(name) for name in ("flops", "ranks")},
         EXPERIMENT: {"vision-experiment": experiment_table()},
     }
     stale = False

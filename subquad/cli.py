@@ -1,4 +1,4 @@
-"""The command line: `subquad list | show | swap | train | bench | spectrum | tune | doctor`.
+"""The command line: `subquad list | show | swap | train | bench | spectrum | flops | tune | doctor`.
 
 Bad input of any kind is one line on standard error and exit status 2. What is heavy is imported inside the commands.
 """
@@ -359,6 +359,24 @@ def spectrum_command(
     from subquad.bench.spectrum_report import run
 
     run(model, images, mechanism, size, weights, pretrained, rtol, out, _command())
+
+
+@app.command("flops")
+def flops_command(
+    model: Annotated[str, typer.Argument(help="An image model of timm or of this library.")],
+    size: Annotated[str, typer.Option(help="Side of the images, or rowsxcolumns.")] = "224",
+) -> None:
+    """Parameters and multiply–adds of an image model.
+
+    Examples:
+
+      subquad flops ravlt_s
+
+      subquad flops deit_small_patch16_224 --size 384
+    """
+    from subquad.bench.flops import report
+
+    typer.echo(report(model, size))
 
 
 @app.command()

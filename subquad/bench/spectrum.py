@@ -24,6 +24,7 @@ from subquad.bench.progress import bar
 from subquad.checks import InputError
 from subquad.contract import Attention, attention, card
 from subquad.convert.swap import swap
+from subquad.convert.windows import SwappedWindowAttention
 from subquad.ops.moments import gather_moments, mean_features
 from subquad.rotary import Rotary
 
@@ -106,6 +107,10 @@ def capture(model: nn.Module, pixels: Tensor) -> list[Layer]:
     """
     if not any(isinstance(m, Attention) for m in model.modules()):
         model = swap(copy.deepcopy(model), "softmax", causal=False)
+        if any(isinstance(m, SwappedWindowAttention) for m in model.modules()):
+            raise InputError(
+                "model", "a Swin, whose attention has a bias and sees windows", "a ViT or DeiT of timm, or a backbone of this library"
+            )
     found: list[Layer] = []
     names = {
         m: name.removesuffix(".mechanism").removesuffix(".attend").removesuffix(".attn")

@@ -40,7 +40,7 @@ def run(
     check(wanted)
     if not LEAST <= rtol < 1:
         raise InputError("--rtol", rtol, f"a number from {LEAST:g} to 1")
-    sides = _sides(size)
+    sides = parse_sides(size)
     if weights is not None and pretrained:
         raise InputError("--weights", str(weights), "a file, or --pretrained, not both")
     if weights is not None and not weights.is_file():
@@ -78,7 +78,8 @@ def run(
         typer.echo(f"Plots: {out / 'spectrum.html'}; numbers: {out / 'spectrum.json'}")
 
 
-def _sides(text: str) -> tuple[int, int]:
+def parse_sides(text: str) -> tuple[int, int]:
+    """Rows and columns of ``--size``."""
     parts = text.lower().replace("×", "x").split("x")
     if len(parts) not in (1, 2) or not all(p.isdecimal() and 0 < int(p) <= 4096 for p in parts):
         raise InputError("--size", repr(text), "a side such as 224, or rowsxcolumns such as 192x256, at most 4096")

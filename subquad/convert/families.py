@@ -36,6 +36,7 @@ FAMILIES = (
     Family("qwen3", "Qwen3", causal=True),
     Family("vit", "ViT", causal=False),
     Family("deit", "DeiT", causal=False),
+    Family("swin", "Swin", causal=False),
 )
 
 

@@ -30,6 +30,7 @@ class SwappedAttention(nn.Module):
             setattr(self, name, child)
         self.mechanism = mechanism
         self.path = path
+        self.placement: dict[str, Any] = {}  # options of `swap` that are not the mechanism's
         self.__dict__["original"] = original  # past nn.Module's registration: its weights are already here
         self.train(original.training)
 

@@ -12,7 +12,10 @@ from subquad.contract import Attention, mechanism, mechanisms, option_defaults
 Plan = dict[int, tuple[str, dict[str, Any]]]  # layer -> (mechanism's name, options)
 
 
-def plan(count: int, to: str | None, layers: Any = "all", **options: Any) -> Plan:
+HostOptions = Mapping[str, tuple[str, ...]]  # options that a kind of model adds to the mechanism's, and their values
+
+
+def plan(count: int, to: str | None, layers: Any = "all", *, host_options: HostOptions | None = None, **options: Any) -> Plan:
     """Resolve `layers` of a model with `count` layers.
 
     >>> plan(4, "gla", "3:1")
@@ -24,13 +27,15 @@ def plan(count: int, to: str | None, layers: Any = "all", **options: Any) -> Pla
         to: the mechanism's name; None if `layers` is a mapping that names one for each layer.
         layers: "all"; layer indices, negative ones from the end; a ratio "swapped:kept", repeating from the first layer;
             or a mapping from layer to a name or to {"name": …, option: …}.
+        host_options: options that this kind of model adds, and their values.
         options: for every layer, unless its own entry says otherwise.
     """
+    host = host_options or {}
     if isinstance(layers, Mapping):
-        return _from_mapping(count, to, layers, options)
+        return _from_mapping(count, to, layers, options, host)
     if not isinstance(to, str):
         raise InputError("to", to, "the name of a mechanism, or a mapping from layer to mechanism in layers")
-    _check_options(to, options)
+    _check_options(to, options, host)
     return {index: (to, dict(options)) for index in _indices(count, layers)}
 
 
@@ -61,7 +66,7 @@ def _index(count: int, index: Any) -> int:
     return index % count
 
 
-def _from_mapping(count: int, to: str | None, layers: Mapping[Any, Any], options: dict[str, Any]) -> Plan:
+def _from_mapping(count: int, to: str | None, layers: Mapping[Any, Any], options: dict[str, Any], host: HostOptions) -> Plan:
     found: Plan = {}
     for key, entry in layers.items():
         index = _index(count, key)
@@ -71,16 +76,20 @@ def _from_mapping(count: int, to: str | None, layers: Mapping[Any, Any], options
         name = own.pop("name", to)
         if not isinstance(name, str):
             raise InputError("layers", f"{entry!r} for layer {index}", 'a mechanism\'s name or {"name": …, option: …}')
-        _check_options(name, {**options, **own})
+        _check_options(name, {**options, **own}, host)
         found[index] = (name, {**options, **own})
     if not found:
         raise InputError("layers", "an empty mapping", f"at least one of the {count} layers")
     return dict(sorted(found.items()))
 
 
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
+def _check_options(name: str, options: Mapping[str, Any], host: HostOptions) -> None:
     known = option_defaults(mechanism(name))
     for option, value in options.items():
+        if option in host:
+            if value not in host[option]:
+                raise InputError(option, repr(value), " or ".join(map(repr, host[option])))
+            continue
         if option not in known:
             raise nearest(option, option, known, f"option of {name}")
         try:

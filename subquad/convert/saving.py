@@ -143,7 +143,9 @@ def write_card(model: Any, folder: Path) -> None:
     auto = "AutoModel" + plain.__name__.removeprefix(family_of(plain).prefix).removeprefix("Model")
     auto = max((name for name in _AUTO_CLASSES if auto.startswith(name)), key=len)
     names = ", ".join(sorted({f"`{entry['name']}`" for entry in layers.values()}))
-    text = CARD.format(plain=plain.__name__, count=len(layers), layers=model.config.num_hidden_layers, names=names, auto=auto)
+    from subquad.convert.swap import find_host
+
+    text = CARD.format(plain=plain.__name__, count=len(layers), layers=len(find_host(model).sites), names=names, auto=auto)
     path = folder / "README.md"
     before = path.read_text(encoding="utf-8") if path.exists() else f"---\nlibrary_name: transformers\n---\n\n# {type(model).__name__}\n"
     if _CARD_TITLE in before:

@@ -3,6 +3,7 @@
 >>> subquad.swap(model, "sliding-window", window=64, sinks=4)         # every layer
 >>> subquad.swap(model, "gla", layers="3:1")                          # three swapped, one kept, repeating
 >>> subquad.swap(model, None, layers={0: "lightning", -1: {"name": "sliding-window", "window": 128}})
+>>> subquad.swap(swin, "rala", scope="window")                         # a Swin keeps its windows; "image" joins them
 >>> model.generate(**inputs); model.save_pretrained("folder")         # work as before
 >>> subquad.restore(model)                                            # the original, exactly
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,9 +47,13 @@ class Host:
     sites: list[Site]
     causal: bool
     sizes: Callable[[Any], dict[str, int]]  # of an original module
-    wrap: Callable[[Any, Attention, str], SwappedAttention]
+    wrap: Callable[..., SwappedAttention]
     family: Any = None  # of transformers
-    patches: nn.Module | None = None  # an encoder's patch projection
+    watch: Callable[[], None] = lambda: None  # an encoder's grid of tokens
+    forget: Callable[[], None] = lambda: None
+    options: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # of `swap`, beside the mechanism's; the first value is the default
 
 
 def swap(model: Any, to: str | None = None, *, layers: Any = "all", **options: Any) -> Any:
@@ -56,17 +62,19 @@ def swap(model: Any, to: str | None = None, *, layers: Any = "all", **options: A
     The projections, biases and query/key norms stay, under their own names. New parameters get the model's dtype and device.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 model, a ViT or DeiT of transformers, or a VisionTransformer of timm.
+        model: a Llama, Mistral, Qwen2 or Qwen3 model, a ViT, DeiT or Swin of transformers, or a VisionTransformer or SwinTransformer
+            of timm.
         to: a mechanism's name; None if `layers` maps each layer to one.
         layers: "all", indices (negative ones from the end), a ratio such as "3:1" (three swapped, one kept, repeating), or a
             mapping from layer to a name or to {"name": …, option: …}.
-        options: the mechanism's options.
+        options: the mechanism's options. In Swin models also `scope`: "image" (default: each layer attends over the whole image, and
+            the relative position bias is left out) or "window" (the published windows and shifts; softmax keeps the bias).
 
     Raises:
         InputError: nothing has been changed then.
     """
     host = find_host(model)
-    wanted = plan(len(host.sites), to, layers, **options)
+    wanted = plan(len(host.sites), to, layers, host_options=host.options, **options)
     for index in wanted:
         if isinstance(host.sites[index].module, SwappedAttention):
             was = f"layer {index}, which is swapped to {host.sites[index].module.name!r} already"
@@ -86,10 +94,7 @@ def restore(model: Any) -> Any:
     for site in host.sites:
         if isinstance(site.module, SwappedAttention):
             _place(model, site.path, site.module.release())
-    if host.patches is not None:
-        from subquad.convert.encoder import forget_grid
-
-        forget_grid(host.patches)
+    host.forget()
     if host.family is not None:
         _restore_classes(host)
     return model
@@ -109,7 +114,7 @@ def swap_as_saved(model: Any) -> None:
     layers = (getattr(model.config, "subquad", None) or {}).get("layers")
     if layers and not swapped(model):
         host = find_host(model)
-        _install(host, _make_all(host, plan(len(host.sites), None, layers)))
+        _install(host, _make_all(host, plan(len(host.sites), None, layers, host_options=host.options)))
 
 
 def _make_all(host: Host, wanted: Plan) -> dict[int, SwappedAttention]:
@@ -117,10 +122,12 @@ def _make_all(host: Host, wanted: Plan) -> dict[int, SwappedAttention]:
     made = {}
     for index, (name, options) in wanted.items():
         site = host.sites[index]
+        placement = {key: options.get(key, values[0]) for key, values in host.options.items()}
+        options = {key: value for key, value in options.items() if key not in placement}
         options = check_direction(name, options, host.causal, type(host.model).__name__)
         sizes = host.sizes(site.original)
         mechanism = make(name, _weight(site.original), layer=(index, len(host.sites)), **sizes, **options)
-        made[index] = host.wrap(site.original, mechanism, site.path)
+        made[index] = host.wrap(site.original, mechanism, site.path, **placement)
     return made
 
 
@@ -130,12 +137,9 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _install(host: Host, made: dict[int, SwappedAttention]) -> None:
     model = host.model
-    if host.patches is not None:
-        from subquad.convert.encoder import watch_grid
-
-        watch_grid(host.patches)
     for index, module in made.items():
         _place(model, host.sites[index].path, module)
+    host.watch()
     if host.family is not None:
         _make_classes(host)
 
@@ -147,7 +151,8 @@ def _make_classes(host: Host) -> None:
     register_families()  # so that the Auto classes know the swapped config at once
     model, inside = host.model, swapped(host.model)
     switch_config(model, [*model.modules(), *(module.original for module in inside.values())])
-    model.config.subquad = {"layers": saved({index: module.mechanism for index, module in inside.items()})}
+    layers = saved({index: module.mechanism for index, module in inside.items()})
+    model.config.subquad = {"layers": {key: {**entry, **inside[int(key)].placement} for key, entry in layers.items()}}
     for part in _classed_parts(host):
         if not hasattr(type(part), "plain"):
             part.__class__ = swapped_class(type(part))
@@ -209,7 +214,10 @@ def find_host(model: Any) -> Host:
     host = host or (_timm_host(model) if "timm" in sys.modules else None)
     if host is None or not host.sites:
         raise InputError(
-            "model", _description(model), "a Llama, Mistral, Qwen2, Qwen3, ViT or DeiT of transformers, or timm's VisionTransformer"
+            "model",
+            _description(model),
+            "a Llama, Mistral, Qwen2, Qwen3, ViT, DeiT or Swin (with its head or without) of transformers, or timm's VisionTransformer "
+            "or SwinTransformer",
         )
     return host
 
@@ -238,6 +246,10 @@ def _transformers_host(model: nn.Module) -> Host | None:
         from subquad.convert.decoder import SwappedDecoderAttention
 
         return Host(model, sites, True, _decoder_sizes, SwappedDecoderAttention, family)
+    if family.model_type == "swin":
+        from subquad.convert.windows import SwappedSwinAttention
+
+        return _swin_host(model, sites, SwappedSwinAttention, family)
     return _vit_host(model, sites, family)
 
 
@@ -249,8 +261,29 @@ def _decoder_sizes(original: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
+def _swin_host(model: nn.Module, sites: list[Site], wrapper: Any, family: Any = None) -> Host:
+    from subquad.convert.windows import SCOPES, forget_swin, watch_swin
+
+    blocks = {site.path: model.get_submodule(site.path.rpartition(".")[0]) for site in sites}
+
+    def sizes(original: Any) -> dict[str, int]:
+        if family is not None:
+            heads, head_dim, width = original.num_attention_heads, original.head_dim, original.q_proj.in_features
+        else:
+            heads, width = original.num_heads, original.qkv.in_features
+            head_dim = original.qkv.out_features // (3 * heads)
+        return {"heads": heads, "head_dim": head_dim, "hidden_size": width}
+
+    def wrap(original: Any, mechanism: Attention, path: str, scope: str) -> SwappedAttention:
+        return wrapper(original, mechanism, path, blocks[path], scope)
+
+    return Host(
+        model, sites, False, sizes, wrap, family, partial(watch_swin, model, blocks), partial(forget_swin, model, blocks), {"scope": SCOPES}
+    )
+
+
 def _vit_host(model: nn.Module, sites: list[Site], family: Any) -> Host:
-    from subquad.convert.encoder import SwappedViTAttention
+    from subquad.convert.encoder import SwappedViTAttention, forget_grid, watch_grid
 
     embeddings = next(module for module in model.modules() if isinstance(module, family.part("Embeddings")))
     prefix = embeddings.position_embeddings.shape[1] - embeddings.patch_embeddings.num_patches
@@ -262,14 +295,19 @@ def _vit_host(model: nn.Module, sites: list[Site], family: Any) -> Host:
     def wrap(original: Any, mechanism: Attention, path: str) -> SwappedAttention:
         return SwappedViTAttention(original, mechanism, path, patches, prefix)
 
-    return Host(model, sites, False, sizes, wrap, family, patches)
+    return Host(model, sites, False, sizes, wrap, family, partial(watch_grid, patches), partial(forget_grid, patches))
 
 
 def _timm_host(model: Any) -> Host | None:
+    from timm.models.swin_transformer import SwinTransformer, WindowAttention
     from timm.models.vision_transformer import VisionTransformer
 
-    from subquad.convert.encoder import SwappedTimmAttention
+    from subquad.convert.encoder import SwappedTimmAttention, forget_grid, watch_grid
 
+    if isinstance(model, SwinTransformer):
+        from subquad.convert.windows import SwappedTimmWindowAttention
+
+        return _swin_host(model, _sites(model, (WindowAttention,)), SwappedTimmWindowAttention)
     if not isinstance(model, VisionTransformer):
         return None
     kind = _timm_attention()
@@ -284,7 +322,7 @@ def _timm_host(model: Any) -> Host | None:
     def wrap(original: Any, mechanism: Attention, path: str) -> SwappedAttention:
         return SwappedTimmAttention(original, mechanism, path, patches, model.num_prefix_tokens)
 
-    return Host(model, sites, False, sizes, wrap, None, patches)
+    return Host(model, sites, False, sizes, wrap, None, partial(watch_grid, patches), partial(forget_grid, patches))
 
 
 def _timm_attention() -> type:

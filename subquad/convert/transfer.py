@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from subquad.checks import InputError
 from subquad.convert.module import SwappedAttention
+from subquad.convert.windows import note_tokens
 
 Pupils = Mapping[int, SwappedAttention]
 Teach = Callable[[dict[str, Any]], tuple[list[float], int]]
@@ -142,6 +143,12 @@ def _watch_grids(student: nn.Module, teacher: nn.Module, pupils: Pupils) -> list
             mine.subquad_grid = tuple(output.shape[-2:])  # type: ignore[assignment]
 
         handles.append(teacher.get_submodule(names[key]).register_forward_hook(note))
+    for block in (block for block in (getattr(module, "block", None) for module in pupils.values()) if block is not None):
+
+        def note_grid(module: nn.Module, args: Any, kwargs: Any, mine: nn.Module = block) -> None:
+            note_tokens(mine, args, kwargs)
+
+        handles.append(teacher.get_submodule(names[id(block)]).register_forward_pre_hook(note_grid, with_kwargs=True))
     return handles
 
 

@@ -54,6 +54,12 @@ def test_capture_takes_the_model_as_it_is():
     assert model.training
 
 
+def test_capture_refuses_windows():
+    swin = timm.models.SwinTransformer(img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1,), num_heads=(1,), num_classes=2)
+    with pytest.raises(subquad.InputError, match="model: got a Swin, whose attention"):
+        capture(swin, torch.randn(1, 3, 32, 32))
+
+
 def test_buffers_are_what_the_output_is_read_from():
     """RALA's is Σ α φ(k) vᵀ with its weights α, LightNet's has a softmax over tokens for each channel; softmax has none."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Vision backbones: RAVLT, MAViT, NaLaFormer and L²ViT, in several sizes each.
+"""Vision backbones: RAVLT, MAViT, NaLaFormer, L²ViT and InLine, in several sizes each.
 
 >>> from subquad.models.vision import vision_model
 >>> model = vision_model("ravlt_s")                                  # needs no timm
@@ -27,11 +27,11 @@ def vision_model(name: str, **options: Any) -> Any:
     """A published vision backbone, randomly initialised. timm is not needed.
 
     >>> vision_model("mavit_t", num_classes=10, drop_path_rate=0.0)
-    >>> vision_model("ravlt_s")(torch.randn(2, 3, 224, 224)).shape
+    >>> vision_model("inline_deit_small")(torch.randn(2, 3, 288, 288)).shape
     torch.Size([2, 1000])
 
     Args:
-        name: such as "ravlt_s", "nalaformer_b", or "l2vit_t"; an unknown one is answered with its nearest.
+        name: such as "ravlt_s", "nalaformer_b", "l2vit_t" or "inline_swin_tiny"; an unknown one is answered with its nearest.
         options: of the model's class, in place of the published size's.
 
     Returns:

@@ -243,7 +243,7 @@ class PlainBackbone(ImageModel):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """How timm groups parameters for learning rates by depth."""
-        return {"stem": r"^(stem|cls_token|pos_embed|position)", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        return {"stem": r"^(?:stem|cls_token|pos_embed|position)", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from subquad.checks import nearest
-from subquad.models.vision import l2vit, nalaformer, ravlt
+from subquad.models.vision import inline, l2vit, nalaformer, ravlt
 from subquad.models.vision.backbone import ImageModel
 
 
@@ -32,6 +32,8 @@ VARIANTS = {
     **{n: Variant(ravlt.RAVLT, v.options, "2411.07635" if v.linear == "rala" else "2507.00698") for n, v in ravlt.VARIANTS.items()},
     **{n: Variant(nalaformer.NaLaFormer, options, "2506.21137") for n, options in nalaformer.VARIANTS.items()},
     **{n: Variant(l2vit.L2ViT, options, "2501.16182", first_conv="stem.1") for n, options in l2vit.VARIANTS.items()},
+    **{n: Variant(inline.InLineDeiT, options, "2412.06590", options["img_size"], "stem.1") for n, options in inline.DEIT.items()},
+    **{n: Variant(inline.InLineSwin, options, "2412.06590", first_conv="stem.1") for n, options in inline.SWIN.items()},
 }
 
 

@@ -11,6 +11,7 @@ STAGED = {"dims": (8, 16, 24, 32), "depths": (2, 2, 2, 2), "heads": (1, 2, 2, 4)
 SMALL = {
     "inline_deit_tiny": {"img_size": 64, "dim": 32, "depth": 4, "heads": 4},
     "inline_swin_tiny": STAGED,
+    "lightnet_t": {"dim": 32, "depth": 4, "heads": 4},
 }
 PLAIN = [name for name in SMALL if "swin" not in name]
 

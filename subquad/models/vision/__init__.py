@@ -1,4 +1,4 @@
-"""Vision backbones: RAVLT, MAViT, NaLaFormer, L²ViT and InLine, in several sizes each.
+"""Vision backbones: RAVLT, MAViT, NaLaFormer, L²ViT, InLine and LightNet, in several sizes each.
 
 >>> from subquad.models.vision import vision_model
 >>> model = vision_model("ravlt_s")                                  # needs no timm
@@ -31,7 +31,7 @@ def vision_model(name: str, **options: Any) -> Any:
     torch.Size([2, 1000])
 
     Args:
-        name: such as "ravlt_s", "nalaformer_b", "l2vit_t" or "inline_swin_tiny"; an unknown one is answered with its nearest.
+        name: such as "ravlt_s", "nalaformer_b", "l2vit_t", "inline_swin_tiny" or "lightnet_s"; an unknown one is answered with its nearest.
         options: of the model's class, in place of the published size's.
 
     Returns:

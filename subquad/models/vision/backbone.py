@@ -48,9 +48,9 @@ class ImageModel(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """What the head takes."""
-        x = self._embed(images)
+        x, given = self._embed(images), self._given(images)
         for part in getattr(self, self.unit):
-            x = self._step(part, x, images)
+            x = self._step(part, x, *given)
         return self._last(x)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -77,11 +77,11 @@ class ImageModel(nn.Module):
         """
         if str(output_fmt) not in ("NCHW", "Format.NCHW"):
             raise InputError("output_fmt", repr(output_fmt), "'NCHW'")
-        wanted, x, found = self._indices(indices), self._embed(images), {}
+        wanted, x, given, found = self._indices(indices), self._embed(images), self._given(images), {}
         for i, part in enumerate(getattr(self, self.unit)):
             if i > max(wanted) and (stop_early or intermediates_only):
                 break
-            x = found[i] = self._step(part, x, images)
+            x = found[i] = self._step(part, x, *given)
         features = [self._as_map(found[i], images, norm) for i in wanted]
         return features if intermediates_only else (self._last(x), features)
 
@@ -109,8 +109,12 @@ class ImageModel(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _embed()")
 
-    def _step(self, part: nn.Module, x: Tensor, images: Tensor) -> Tensor:
-        return part(x)
+    def _given(self, images: Tensor) -> tuple[Any, ...]:
+        """What every part takes beside the features."""
+        return ()
+
+    def _step(self, part: nn.Module, x: Tensor, *given: Any) -> Tensor:
+        return part(x, *given)
 
     def _last(self, x: Tensor) -> Tensor:
         return x
@@ -204,9 +208,9 @@ class ClassTokenClassifier(TokenClassifier):
 class PlainBackbone(ImageModel):
     """Patches as tokens, `depth` blocks that keep their grid, a norm, and a head.
 
-    A subclass calls this and then makes `blocks`, which take tokens ``[B, T, C]`` and the grid (rows, columns) of the last
-    rows × columns of them, `norm` and `head`; it may extend `_tokens`. Images are extended by zeros to whole patches. What the head takes
-    is ``[B, T, C]``.
+    A subclass calls this and then makes `blocks`, which take tokens ``[B, T, C]`` and what `_given` has, the grid (rows, columns) of the
+    last rows × columns of them, `norm` and `head`; it may extend `_tokens` and `_given`. Images are extended by zeros to whole patches.
+    What the head takes is ``[B, T, C]``.
 
     Args:
         dim, depth: width and number of blocks.
@@ -257,10 +261,13 @@ class PlainBackbone(ImageModel):
         """Patches ``[B, rows · columns, C]`` with positions, and with extra tokens before them."""
         return x
 
-    def _step(self, part: nn.Module, x: Tensor, images: Tensor) -> Tensor:
+    def _given(self, images: Tensor) -> tuple[Any, ...]:
+        return (self.grid(images),)
+
+    def _step(self, part: nn.Module, x: Tensor, *given: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, x, self.grid(images), use_reentrant=False)  # type: ignore[return-value]
-        return part(x, self.grid(images))
+            return checkpoint(part, x, *given, use_reentrant=False)  # type: ignore[return-value]
+        return part(x, *given)
 
     def _last(self, x: Tensor) -> Tensor:
         return self.norm(x)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from subquad.checks import nearest
-from subquad.models.vision import inline, l2vit, nalaformer, ravlt
+from subquad.models.vision import inline, l2vit, lightnet, nalaformer, ravlt
 from subquad.models.vision.backbone import ImageModel
 
 
@@ -34,6 +34,7 @@ VARIANTS = {
     **{n: Variant(l2vit.L2ViT, options, "2501.16182", first_conv="stem.1") for n, options in l2vit.VARIANTS.items()},
     **{n: Variant(inline.InLineDeiT, options, "2412.06590", options["img_size"], "stem.1") for n, options in inline.DEIT.items()},
     **{n: Variant(inline.InLineSwin, options, "2412.06590", first_conv="stem.1") for n, options in inline.SWIN.items()},
+    **{n: Variant(lightnet.LightNet, options, "2405.21022", first_conv="stem.1") for n, options in lightnet.VARIANTS.items()},
 }
 
 

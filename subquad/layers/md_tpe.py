@@ -60,8 +60,9 @@ class MDTPE(nn.Module):
         y = torch.zeros_like(tokens)
         for axis in range(self.axes):
             lines = tokens.movedim(1 + axis, -3)  # [B, other axes …, n, heads, width]
-            flat = (lines * self.scale[axis, :, None].to(x.dtype)).flatten(0, -4)
-            one = torch.ones_like(flat[..., :1])
-            o = linear_attention(one, one, flat, log_decay=nn.functional.logsigmoid(self.logits[axis]), scale=1.0)
+            v = lines.flatten(0, -4)
+            q = torch.ones_like(v[..., :1])
+            k = q * self.scale[axis, :, None].to(x.dtype)
+            o = linear_attention(q, k, v, log_decay=nn.functional.logsigmoid(self.logits[axis]), scale=1.0)
             y = y + o.reshape(lines.shape).movedim(-3, 1 + axis)
         return y.reshape(x.shape)

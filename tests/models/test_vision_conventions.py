@@ -129,6 +129,13 @@ def test_autocast_stays_near_float32(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_compiles_whole_and_takes_no_images(name):
+    model, images = small(name, **({"depth": 1} if name in PLAIN else {})).eval(), torch.randn(2, 3, 64, 96)
+    assert near(torch.compile(model, backend="aot_eager", fullgraph=True)(images), model(images))
+    assert model(images[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(
     "argument, options, images",
     [

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.checks import InputError
+from subquad.checks import InputError, compute_dtype
 from subquad.contract import attention
 from subquad.models.vision.backbone import Backbone, ClassTokenClassifier, PlainBackbone
 from subquad.models.vision.blocks import ChannelNorm, DropPath, NormHead, PadTo, Stage, feed_forward
@@ -49,6 +49,8 @@ class LocalResidual(nn.Module):
     def forward(self, v: Tensor, mean: Tensor, grid: Sequence[int]) -> Tensor:
         """v ``[B, rows · columns, C]`` and the vector ``[B, C]`` to ``[B, rows · columns, C]``."""
         batch, _, dim = v.shape
+        if not batch:  # there is no convolution of no groups
+            return v
         weight = self.predict(mean[..., None]).reshape(batch * dim, 1, 3, 3)
         image = v.mT.reshape(1, batch * dim, grid[0], grid[1])
         return F.conv2d(image, weight.to(image.dtype), padding=1, groups=batch * dim).reshape(batch, dim, -1).mT
@@ -111,14 +113,15 @@ class ShiftedWindowAttend(nn.Module):
         padded = F.pad(x, (0, 0, 0, -columns % sides[1], 0, -rows % sides[0])).roll([-s for s in shifts], (1, 2))
         down, across, tokens = padded.shape[1] // sides[0], padded.shape[2] // sides[1], sides[0] * sides[1]
         qkv = self.qkv(padded).reshape(batch, down, sides[0], across, sides[1], 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch, -1, tokens, dim // self.heads)  # windows beside heads
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)  # windows beside heads
+        q, k, v = qkv.reshape(3, batch, down * across * self.heads, tokens, dim // self.heads)
         bias = self._bias(sides, x.device)
         if any(shifts) or padded.shape != x.shape:
             apart = self._apart((rows, columns), sides, shifts, x.device)
             bias = bias.masked_fill(apart[:, None], -torch.inf)
         bias = bias.expand(down * across, -1, -1, -1).flatten(0, 1).to(q.dtype)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        o = o.reshape(batch, down, across, self.heads, *sides, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(padded.shape)
+        o = o.reshape(batch, down, across, self.heads, *sides, dim // self.heads).permute(0, 1, 4, 2, 5, 3, 6).reshape(padded.shape)
         return self.proj(o.roll(shifts, (1, 2))[:, :rows, :columns])
 
     def _bias(self, sides: Sequence[int], device: torch.device) -> Tensor:
@@ -226,7 +229,7 @@ class InLineDeiT(PlainBackbone):
         if grid == (self.side, self.side):
             return self.pos_embed
         table = self.pos_embed[:, 1:].mT.unflatten(2, (self.side, self.side))
-        table = F.interpolate(table.float(), grid, mode="bicubic").to(table.dtype)  # there is no 16-bit form on every device
+        table = F.interpolate(table.to(compute_dtype(table)), grid, mode="bicubic").to(table.dtype)  # not every device has it in 16 bits
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).mT], 1)
 
     def _tokens(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -23,8 +23,7 @@ from subquad.bench.plots import Axis, Series, lines
 from subquad.bench.report import write_whole
 from subquad.bench.spectrum import DEFAULT, LEAST, Ranks, check, spectrum
 from subquad.checks import InputError
-from subquad.models.vision.ravlt import RAVLT
-from subquad.models.vision.released import load_released, read_checkpoint
+from subquad.models.vision.released import has_released, load_released, read_checkpoint
 
 HEADS = ("layer", "mechanism", "buffer", "eff.", "head", "eff.", "heads", "eff.")
 WORDS = "Numerical and effective rank of the key–value buffer, of one head's output and of all heads' outputs side by side."
@@ -114,7 +113,7 @@ def make_model(name: str, sides: tuple[int, int], weights: Path | None, pretrain
 def load(model: nn.Module, path: Path) -> None:
     """Weights from .safetensors, or from a .pth that holds tensors only, under our names or the authors'; all or nothing."""
     own, found = model.state_dict(), read_checkpoint(path)
-    if isinstance(model, RAVLT) and not own.keys() <= found.keys():
+    if has_released(model) and not own.keys() <= found.keys():
         load_released(model, path)
         return
     wrong = [key for key in own if key not in found or found[key].shape != own[key].shape] + [key for key in found if key not in own]

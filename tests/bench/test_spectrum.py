@@ -69,7 +69,7 @@ def test_buffers_are_what_the_output_is_read_from():
     alpha = (fk @ fq.mean(0) / 8**0.5).softmax(0)
     x = k[0, :, 0]
     for name, keys, options in (
-        ("rala", alpha[:, None] * fk, {}), ("lightnet", x.softmax(0), {}), ("linear-relu", x.relu(), {"causal": False}),
+        ("rala", alpha[:, None] * fk, {}), ("lightnet", x.softmax(0), {"causal": False}), ("linear-relu", x.relu(), {"causal": False}),
         ("inline", x, {}), ("inline", x.exp(), {"feature_map": "exp"}),
     ):  # fmt: skip
         M, expected = buffer(layer, subquad.attention(name, 1, 8, **options))[0, 0], keys.T @ v[0, :, 0]

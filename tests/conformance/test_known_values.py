@@ -185,7 +185,9 @@ def test_l2vit():
 def test_lightnet():
     # the keys' only channel is a softmax over tokens, (3, 1) / 4; silu(1) = 1 / (1 + 1/e)
     silu = 1 / (1 + math.exp(-1))
-    expect(weights("lightnet", tokens([1], [0]), tokens([LN3], [0]), grid=(1, 2)), [0.75 * silu, 0.25 * silu], [0, 0])
+    q, k = tokens([1], [1], [0]), tokens([LN3], [0], [0])
+    expect(weights("lightnet", q[:, :2], k[:, :2], options={"causal": False}), *[[0.75 * silu, 0.25 * silu]] * 2)
+    expect(weights("lightnet", q, k), [silu, 0, 0], [0.75 * silu, 0.25 * silu, 0], [0, 0, 0])
 
 
 @pytest.mark.parametrize("name, last", [("linear-elu", [4 / 6, 2 / 6]), ("linear-relu", [1, 0])])

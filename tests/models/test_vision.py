@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad import InputError
-from subquad.models.vision.ravlt import VARIANTS, vision_model
+from subquad.models.vision import vision_model
+from subquad.models.vision.ravlt import VARIANTS
 from subquad.models.vision.released import load_released
 
 DIMS, DEPTHS, HEADS = (8, 16, 24, 32), (1, 2, 2, 1), (1, 2, 2, 4)
@@ -359,6 +360,21 @@ def test_parameter_groups():
 def test_timm_knows_the_models_whichever_is_imported_first(order):
     done = subprocess.run([sys.executable, "-c", f"import {order}; print(*timm.list_models(['ravlt_*', 'mavit_*']))"], capture_output=True)
     assert done.returncode == 0 and set(done.stdout.decode().split()) == set(VARIANTS)
+
+
+def test_vision_model_serves_every_name_and_loads_nothing_before_it_is_called():
+    from subquad.models.vision.variants import VARIANTS as ALL
+
+    script = (
+        "import sys, subquad.models.vision as v; assert not [m for m in sys.modules if m.startswith('subquad.models.vision.')]; "
+        "v.vision_model('ravlt_t'); assert 'timm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with torch.device("meta"):
+        for name, variant in ALL.items():
+            assert type(vision_model(name, num_classes=3)) is variant.model
+    with pytest.raises(InputError, match=r"nearest: .*mavit_s"):
+        vision_model("mavit_small")
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -7,19 +7,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from subquad import InputError
-from subquad.models.vision import l2vit, nalaformer
-from subquad.models.vision.l2vit import GlobalBlock, LocalBlock, LocalConcentration, WindowAttend, l2vit_model
-from subquad.models.vision.nalaformer import NaLaBlock, nalaformer_model
+from subquad.models.vision import l2vit, nalaformer, vision_model
+from subquad.models.vision.l2vit import GlobalBlock, LocalBlock, LocalConcentration, WindowAttend
+from subquad.models.vision.nalaformer import NaLaBlock
 from subquad.rotary import Rotary
 
 DIMS, DEPTHS, HEADS = (8, 16, 24, 32), (2, 2, 2, 2), (1, 2, 2, 4)
 SMALL = {"dims": DIMS, "depths": DEPTHS, "heads": HEADS, "num_classes": 7, "drop_path_rate": 0.0}
 EXTRA = {"nalaformer_s": {"head_width": 20, "layer_scale": (1.0,) * 4}, "l2vit_t": {}}
 NAMES = list(EXTRA)
-
-
-def make(name, **options):
-    return (nalaformer_model if name.startswith("nala") else l2vit_model)(name, **options)
 
 
 def spread(module):
@@ -30,7 +26,7 @@ def spread(module):
 
 
 def small(name, **options):
-    return spread(make(name, **{**SMALL, **EXTRA[name], **options}))
+    return spread(vision_model(name, **{**SMALL, **EXTRA[name], **options}))
 
 
 def near(found, expected, tolerance=1e-9):
@@ -58,7 +54,7 @@ def near(found, expected, tolerance=1e-9):
 def test_parameters(name, options, count):
     """Counts of the authors' layers, by formula."""
     with torch.device("meta"):
-        assert sum(p.numel() for p in make(name, **options).parameters()) == count
+        assert sum(p.numel() for p in vision_model(name, **options).parameters()) == count
 
 
 @pytest.mark.parametrize("name", [*nalaformer.VARIANTS, *l2vit.VARIANTS])
@@ -79,7 +75,7 @@ def test_timm_makes_every_variant(name):
 
 def test_initial_weights():
     """Convolutions: 0.02. Linear layers: as PyTorch makes them in NaLaFormer, uniform up to 1/√C; 0.02 in L²ViT."""
-    nala, l2 = make("nalaformer_xt", depths=(1,) * 4), make("l2vit_t", depths=(2, 1, 1, 1), dims=(96,) * 4, heads=(3,) * 4)
+    nala, l2 = vision_model("nalaformer_xt", depths=(1,) * 4), vision_model("l2vit_t", depths=(2, 1, 1, 1), dims=(96,) * 4, heads=(3,) * 4)
     for conv in (nala.stages[3].downsample[0], l2.stages[1].downsample[2], nala.head.fc, l2.stages[0].blocks[1].attn.qkv, l2.head.fc):
         assert conv.weight.std().item() == pytest.approx(0.02, rel=0.1) and not conv.bias.any()
     for linear in (nala.stages[3].blocks[0].attn.qkvg, nala.head.conv):
@@ -315,8 +311,8 @@ def test_refuses(name, argument, options, images):
         ("window", lambda: small("l2vit_t", window=0)),
         ("window", lambda: small("l2vit_t", window=3.5)),
         ("name", lambda: small("nalaformer_s", mechanisms=("nalaformerr",) * 4)),
-        ("name", lambda: nalaformer_model("nalaformer_x")),
-        ("name", lambda: l2vit_model("l2vit_l")),
+        ("name", lambda: vision_model("nalaformer_x")),
+        ("name", lambda: vision_model("l2vit_l")),
     ],
 )
 def test_refuses_of_its_own(argument, use):

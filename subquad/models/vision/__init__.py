@@ -1,6 +1,6 @@
-"""Vision backbones: RAVLT, MAViT, NaLaFormer and L²ViT, in several sizes each.
+"""Vision backbones: RAVLT, MAViT, NaLaFormer, L²ViT, InLine and LightNet, in several sizes each.
 
->>> from subquad.models.vision.ravlt import vision_model
+>>> from subquad.models.vision import vision_model
 >>> model = vision_model("ravlt_s")                                  # needs no timm
 >>> import subquad, timm
 >>> model = timm.create_model("ravlt_s", features_only=True)         # in whichever order the two are imported
@@ -11,13 +11,38 @@ Neither timm nor the models are imported here: they are registered when timm's o
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from subquad.imports import when_imported
+
+__all__ = ["install", "vision_model"]
 
 
 def install() -> None:
     """Make the models known to timm, whichever of the two is imported first."""
     when_imported("timm.models", lambda _: importlib.import_module("subquad.models.vision.timm_models"))
+
+
+def vision_model(name: str, **options: Any) -> Any:
+    """A published vision backbone, randomly initialised. timm is not needed.
+
+    >>> vision_model("mavit_t", num_classes=10, drop_path_rate=0.0)
+    >>> vision_model("inline_deit_small")(torch.randn(2, 3, 288, 288)).shape
+    torch.Size([2, 1000])
+
+    Args:
+        name: such as "ravlt_s", "nalaformer_b", "l2vit_t", "inline_swin_tiny" or "lightnet_s"; an unknown one is answered with its nearest.
+        options: of the model's class, in place of the published size's.
+
+    Returns:
+        a `subquad.models.vision.backbone.ImageModel`.
+
+    Raises:
+        InputError: an unknown name, or options that do not fit.
+    """
+    from subquad.models.vision import variants
+
+    return variants.make(name, options)
 
 
 install()

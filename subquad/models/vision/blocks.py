@@ -1,6 +1,5 @@
 """What the vision backbones are made of. Blocks and what is in them take tokens as ``[B, rows, columns, C]``; stem, stages and head
-take ``[B, C, rows, columns]``, in channels-last memory, so that going from one to the other copies nothing. `Backbone` is what all of
-them do, whatever they are made of.
+take ``[B, C, rows, columns]``, in channels-last memory, so that going from one to the other copies nothing.
 
 RAVLT's and MAViT's own are the block, its attention layer and its feed-forward layers:
 
@@ -11,7 +10,7 @@ RAVLT's and MAViT's own are the block, its attention layer and its feed-forward 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,12 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from subquad.checks import InputError, shape_of
+from subquad.checks import InputError
 from subquad.contract import attention
 from subquad.layers.rotary2d import rala_rotary
 from subquad.rotary import Rotary
-
-STRIDE = 32  # of a backbone's last stage
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -139,6 +136,8 @@ class Stage(nn.Module):
 class Classifier(nn.Module):
     """What a subclass does in `prepare`, average pool, dropout, classifier: ``[B, C, H, W]`` to ``[B, classes]``."""
 
+    pools: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {"avg": lambda x: x.mean((2, 3)), "": lambda x: x}
+
     def __init__(self, width: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
         super().__init__()
         self.width = width
@@ -148,10 +147,11 @@ class Classifier(nn.Module):
     def reset(self, num_classes: int, global_pool: str) -> None:
         if type(num_classes) is not int or num_classes < 0:
             raise InputError("num_classes", repr(num_classes), "an integer ≥ 0, where 0 makes no classifier")
-        if global_pool not in ("avg", ""):
-            raise InputError("global_pool", repr(global_pool), "'avg', or '' for features that are not pooled")
+        pools = " or ".join(repr(name) for name in self.pools if name)
+        if global_pool not in self.pools:
+            raise InputError("global_pool", repr(global_pool), f"{pools}, or '' for features that are not pooled")
         if not global_pool and num_classes:
-            raise InputError("global_pool", repr(global_pool), "'avg' for a classifier; '' needs num_classes=0")
+            raise InputError("global_pool", repr(global_pool), f"{pools} for a classifier; '' needs num_classes=0")
         like = next(self.parameters(), torch.empty(0))  # none yet while it is made
         self.global_pool = global_pool
         self.fc = nn.Linear(self.width, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
@@ -162,10 +162,7 @@ class Classifier(nn.Module):
         raise TypeError(f"{type(self).__name__} must define prepare()")
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.prepare(x)
-        if self.global_pool:
-            x = x.mean((2, 3))
-        x = self.drop(x)
+        x = self.drop(self.pools[self.global_pool](self.prepare(x)))
         return x if pre_logits else self.fc(x)
 
 
@@ -181,134 +178,33 @@ class Head(Classifier):
         return F.silu(self.norm(self.conv(x)))
 
 
-class Backbone(nn.Module):
-    """A stem of stride 4, four stages, of which the last three halve the grid, and a head.
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of ``[B, C, H, W]``."""
 
-    A subclass calls this and then makes `stem` and `stages`, which take and give ``[B, C, H, W]``, and `head`, a `Classifier`.
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    Args:
-        in_chans, num_classes: channels of the images, and classes.
-        drop_path_rate: of stochastic depth in the last block; `rates` has each block's, stage by stage, rising linearly from 0.
-        dims, depths: width and blocks of each stage.
-        more: what else has one value a stage, by name.
 
-    Raises:
-        InputError: sizes that do not fit.
-    """
+class PadTo(nn.Module):
+    """Zeros to the right of and below ``[B, C, H, W]``, up to multiples of `side`."""
 
-    stem: Any
-    stages: Any
-    head: Any
-
-    def __init__(
-        self,
-        in_chans: int,
-        num_classes: int,
-        drop_path_rate: float,
-        *,
-        dims: Sequence[int],
-        depths: Sequence[int],
-        **more: Sequence[Any],
-    ) -> None:
+    def __init__(self, side: int) -> None:
         super().__init__()
-        for name, values in {"dims": dims, "depths": depths, **more}.items():
-            if len(values) != 4:
-                raise InputError(name, values, "four values, one a stage")
-        if min(depths) < 1:
-            raise InputError("depths", depths, "at least one block a stage")
-        if not 0 <= drop_path_rate < 1:
-            raise InputError("drop_path_rate", drop_path_rate, "a rate of at least 0 and less than 1")
-        self.in_chans, self.num_classes = in_chans, num_classes
-        self.num_features = dims[-1]
-        self.feature_info = [{"num_chs": dim, "reduction": 4 << i, "module": f"stages.{i}"} for i, dim in enumerate(dims)]
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        self.rates = [[next(rates) for _ in range(depth)] for depth in depths]
+        self.side = side
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]`` of images ``[B, in_chans, H, W]``; H and W at least 32. Raises InputError if they do not fit."""
-        return self.forward_head(self.forward_features(images))
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, -x.shape[3] % self.side, 0, -x.shape[2] % self.side))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The last stage's features ``[B, num_features, ⌈H/32⌉, ⌈W/32⌉]``."""
-        return self.stages(self._embed(images))
 
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits of `forward_features`' result, or what the classifier would see: ``[B, head_width]``."""
-        return self.head(features, pre_logits)
+class NormHead(Classifier):
+    """Layer norm, average pool, dropout, classifier: ``[B, C, H, W]`` to ``[B, classes]``."""
 
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Features of stages, ``[B, dim, ⌈H/s⌉, ⌈W/s⌉]`` with s = 4, 8, 16, 32.
+    def __init__(self, dim: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        super().__init__(dim, num_classes, global_pool, drop_rate)
+        self.norm = ChannelNorm(dim)
 
-        Args:
-            indices: stages, from 0 (negative ones count from the last); a number n for the last n; None for all.
-            norm: without effect, as no norm follows the stages.
-            stop_early: run no stage after the last one asked for.
-            output_fmt: "NCHW".
-            intermediates_only: return the list alone, not (last features, list).
-        """
-        if str(output_fmt) not in ("NCHW", "Format.NCHW"):
-            raise InputError("output_fmt", repr(output_fmt), "'NCHW'")
-        wanted, x, found = self._indices(indices), self._embed(images), {}
-        for i, stage in enumerate(self.stages):
-            if i > max(wanted) and (stop_early or intermediates_only):
-                break
-            x = found[i] = stage(x)
-        features = [found[i] for i in wanted]
-        return features if intermediates_only else (x, features)
-
-    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """Remove the stages after the last one of `indices`, and the head; returns the indices counted from 0."""
-        wanted = self._indices(indices)
-        self.stages = self.stages[: max(wanted) + 1]
-        if prune_head:
-            self.head = nn.Identity()
-        return wanted
-
-    def get_classifier(self) -> nn.Module:
-        """The linear layer to the classes."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier in place; 0 for none."""
-        self.head.reset(num_classes, self.head.global_pool if global_pool is None else global_pool)
-        self.num_classes = num_classes
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training recomputes each block in the backward pass rather than keep its activations."""
-        for stage in self.stages.children():
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    def no_weight_decay(self) -> set[str]:
-        """No names: what is commonly spared, biases, norms and scales, are vectors, which timm's optimizers spare anyway."""
-        return set()
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """How timm groups parameters for learning rates by depth."""
-        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^stem", "blocks": blocks}
-
-    def _embed(self, images: Tensor) -> Tensor:
-        if images.dim() != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
-            raise InputError("images", shape_of(images), f"floating-point images [B, {self.in_chans}, H, W]")
-        if min(images.shape[2:]) < STRIDE:
-            raise InputError("images", shape_of(images), f"at least {STRIDE} rows and columns, the total stride")
-        return self.stem(images.contiguous(memory_format=torch.channels_last))
-
-    def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        count = len(self.stages)
-        if indices is None or isinstance(indices, int):
-            indices = range(-(count if indices is None else indices), 0)
-        if not indices or not all(-count <= i < count for i in indices):
-            raise InputError("indices", indices, f"stages of 0 … {count - 1}, or a number of last stages up to {count}")
-        return [i % count for i in indices]
+    def prepare(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
 
 def conv_norm(before: int, dim: int, stride: int) -> tuple[nn.Module, nn.Module]:
@@ -320,6 +216,10 @@ def stem(in_chans: int, dim: int) -> nn.Sequential:
     half = dim // 2
     first, second, third = (conv_norm(*sizes) for sizes in ((in_chans, half, 2), (half, half, 1), (half, half, 1)))
     return nn.Sequential(*first, nn.GELU(), *second, nn.GELU(), *third, nn.GELU(), *conv_norm(half, dim, 2))
+
+
+def feed_forward(dim: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, dim))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.checks import InputError, nearest
+from subquad.checks import InputError
 from subquad.contract import attention
-from subquad.models.vision.blocks import Backbone, Classifier, DepthwiseConv, DropPath, Stage, init_weights
+from subquad.models.vision.backbone import Backbone
+from subquad.models.vision.blocks import ChannelNorm, DepthwiseConv, DropPath, NormHead, PadTo, Stage, feed_forward, init_weights
 
 # Options of `L2ViT` for each size. No rate of stochastic depth is published for T and S; the code's default is 0.
 _T: dict[str, Any] = {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24), "drop_path_rate": 0.0}
@@ -123,39 +124,10 @@ class GlobalBlock(nn.Module):
         return x + self.drop_path(self.ffn(self.norm2(x)))
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of ``[B, C, H, W]``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class PadTo(nn.Module):
-    """Zeros to the right of and below ``[B, C, H, W]``, up to multiples of `side`."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__()
-        self.side = side
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, -x.shape[3] % self.side, 0, -x.shape[2] % self.side))
-
-
-class NormHead(Classifier):
-    """Layer norm, average pool, dropout, classifier: ``[B, C, H, W]`` to ``[B, classes]``."""
-
-    def __init__(self, dim: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
-        super().__init__(dim, num_classes, global_pool, drop_rate)
-        self.norm = ChannelNorm(dim)
-
-    def prepare(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
-
 class L2ViT(Backbone):
     """L²ViT (arXiv 2501.16182).
 
-    >>> model = l2vit_model("l2vit_t")
+    >>> model = vision_model("l2vit_t")
     >>> model(torch.randn(2, 3, 224, 224)).shape
     torch.Size([2, 1000])
     >>> model.forward_features(torch.randn(2, 3, 224, 224)).shape
@@ -217,20 +189,3 @@ class L2ViT(Backbone):
             self.stages.append(Stage(down, blocks))
         self.head = NormHead(dims[-1], num_classes, global_pool, drop_rate)
         self.apply(init_weights)
-
-
-def feed_forward(dim: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, dim))
-
-
-def l2vit_model(name: str, **options: Any) -> L2ViT:
-    """An L²ViT, randomly initialised; `options` of `L2ViT` replace its own. timm is not needed.
-
-    >>> l2vit_model("l2vit_t", num_classes=10)
-
-    Raises:
-        InputError: an unknown name (with the nearest ones), or options that do not fit.
-    """
-    if name not in VARIANTS:
-        raise nearest("name", name, VARIANTS, "vision model")
-    return L2ViT(**{**VARIANTS[name], **options})

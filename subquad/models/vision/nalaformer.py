@@ -15,7 +15,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.checks import nearest
 from subquad.models.vision import ravlt
 from subquad.models.vision.blocks import Block, DepthwiseConv, GatedAttention, init_weights
 from subquad.models.vision.ravlt import RAVLT, Size
@@ -64,7 +63,7 @@ class NaLaBlock(Block):
 class NaLaFormer(RAVLT):
     """NaLaFormer (arXiv 2506.21137).
 
-    >>> model = nalaformer_model("nalaformer_s")
+    >>> model = vision_model("nalaformer_s")
     >>> model(torch.randn(2, 3, 224, 224)).shape
     torch.Size([2, 1000])
 
@@ -100,16 +99,3 @@ class NaLaFormer(RAVLT):
                 if isinstance(module, nn.Conv2d):
                     init_weights(module)
         nn.init.kaiming_uniform_(self.head.conv.weight, a=5**0.5)
-
-
-def nalaformer_model(name: str, **options: Any) -> NaLaFormer:
-    """A NaLaFormer, randomly initialised; `options` of `NaLaFormer` replace its own. timm is not needed.
-
-    >>> nalaformer_model("nalaformer_t", num_classes=10, drop_path_rate=0.0)
-
-    Raises:
-        InputError: an unknown name (with the nearest ones), or options that do not fit.
-    """
-    if name not in VARIANTS:
-        raise nearest("name", name, VARIANTS, "vision model")
-    return NaLaFormer(**{**VARIANTS[name], **options})

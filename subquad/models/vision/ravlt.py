@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from subquad.checks import InputError, nearest
-from subquad.models.vision.blocks import Backbone, Block, Head, Stage, conv_norm, init_weights, stem
+from subquad.checks import InputError
+from subquad.models.vision.backbone import Backbone
+from subquad.models.vision.blocks import Block, Head, Stage, conv_norm, init_weights, stem
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,3 @@ class RAVLT(Backbone):
 
     def init_weights(self) -> None:
         self.apply(init_weights)
-
-
-def vision_model(name: str, **options: Any) -> RAVLT:
-    """A published RAVLT or MAViT, randomly initialised; `options` of `RAVLT` replace its own. timm is not needed.
-
-    >>> vision_model("mavit_t", num_classes=10, drop_path_rate=0.0)
-
-    Raises:
-        InputError: an unknown name (with the nearest ones), or options that do not fit.
-    """
-    if name not in VARIANTS:
-        raise nearest("name", name, VARIANTS, "vision model")
-    return RAVLT(**{**VARIANTS[name].options, **options})

@@ -1,60 +1,138 @@
-"""Checkpoints as the authors of RAVLT and MAViT released them (qhfan/RALA, qhfan/MALA), under the key names of their code."""
+"""Checkpoints as authors released them, under the key names of their code: RAVLT (qhfan/RALA), MAViT (qhfan/MALA),
+InLine-DeiT and InLine-Swin (LeapLabTHU/InLine), L²ViT (ChuanyangZheng/L2ViT)."""
 
 from __future__ import annotations
 
 import argparse
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from subquad.checks import InputError
+from subquad.models.vision.backbone import ImageModel
+from subquad.models.vision.inline import InLineDeiT, InLineSwin
+from subquad.models.vision.l2vit import L2ViT
 from subquad.models.vision.ravlt import RAVLT
 
-# Each rule turns part of one of their names into ours; a name may need several.
-_RULES = [
-    (r"^patch_embed\.proj\.", "stem."),
-    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    (r"\.pos\.", ".position."),
-    (r"\.norm([12])\.norm\.", r".norm\1."),
-    (r"\.attn\.qkvo\.", ".attn.qkvg."),
-    (r"\.attn\.lepe\.", ".attn.local."),
-    (r"\.ffn\.dwconv\.", ".ffn.conv."),
-    (r"\.gamma_([12])$", r".gamma\1"),
-    (r"^proj\.", "head.conv."),
-    (r"^norm\.", "head.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-]
-_DERIVED = re.compile(r"^layers\.\d+\.RoPE\.angle$")  # the rotary's frequencies, a constant
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def load_released(model: RAVLT, path: str | Path) -> RAVLT:
-    """Load a released checkpoint into a model of the same size, with 1000 classes, and return the model.
+@dataclass(frozen=True)
+class _Names:
+    """How authors' names become ours: each rule turns part of one, and a name may need several.
+
+    Args:
+        rules: patterns and what takes their place.
+        derived: names of constants that are computed here.
+    """
+
+    rules: list[tuple[str, str | Callable[[re.Match[str]], str]]]
+    derived: str = r"(?!)"  # none
+
+    def ours(self, name: str) -> str:
+        for pattern, replacement in self.rules:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+def _downsample(parts: Mapping[str, str]) -> tuple[str, Callable[[re.Match[str]], str]]:
+    """They count a downsampling to the stage before it, we to the one after."""
+    pattern = rf"^layers\.(\d+)\.downsample\.({'|'.join(parts)})\."
+    return pattern, lambda found: f"stages.{int(found[1]) + 1}.downsample.{parts[found[2]]}."
+
+
+_FINAL_NORM, _CLASSIFIER = (r"^norm\.", "head.norm."), (r"^head\.(weight|bias)$", r"head.fc.\1")
+_FEED_FORWARD = [(r"\.mlp\.fc1\.", ".ffn.0."), (r"\.mlp\.fc2\.", ".ffn.2.")]
+_STAGES = (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks.")
+_PREDICTED = (r"\.attn\.residual\.", ".attn.local.predict.")
+_PATCHES = (r"^patch_embed\.proj\.", "stem.1.")
+
+_NAMES: dict[type[ImageModel], _Names] = {
+    RAVLT: _Names(
+        [
+            _downsample({"reduction": "0", "norm": "1"}),
+            (r"^patch_embed\.proj\.", "stem."),
+            _STAGES,
+            (r"\.pos\.", ".position."),
+            (r"\.norm([12])\.norm\.", r".norm\1."),
+            (r"\.attn\.qkvo\.", ".attn.qkvg."),
+            (r"\.attn\.lepe\.", ".attn.local."),
+            (r"\.ffn\.dwconv\.", ".ffn.conv."),
+            (r"\.gamma_([12])$", r".gamma\1"),
+            (r"^proj\.", "head.conv."),
+            _FINAL_NORM,
+            _CLASSIFIER,
+        ],
+        derived=r"^layers\.\d+\.RoPE\.angle$",  # the rotary's frequencies
+    ),
+    InLineDeiT: _Names([_PATCHES, _PREDICTED, *_FEED_FORWARD, _CLASSIFIER]),
+    InLineSwin: _Names(
+        [
+            _downsample({"reduction": "reduction", "norm": "norm"}),
+            _PATCHES,
+            (r"^patch_embed\.norm\.", "stem.2."),
+            _STAGES,
+            _PREDICTED,
+            (r"\.attn\.relative_position_bias_table$", ".attn.bias"),
+            *_FEED_FORWARD,
+            _FINAL_NORM,
+            _CLASSIFIER,
+        ],
+        derived=r"\.(attn_mask|attn\.relative_position_index)$",
+    ),
+    L2ViT: _Names(
+        [
+            (r"^downsample_layers\.0\.proj\.proj\.(\d)\.", lambda found: f"stem.{int(found[1]) + 1}."),
+            (r"^downsample_layers\.0\.norm\.", "stem.6."),
+            (r"^downsample_layers\.(\d)\.proj\.", r"stages.\1.downsample.2."),
+            (r"^downsample_layers\.(\d)\.norm\.", r"stages.\1.downsample.0."),
+            (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+            (r"\.cpe\.0\.proj\.", ".position."),
+            (r"\.cpe\.1\.proj\.", ".position2."),
+            (r"\.attn\.temperature$", ".attn.attend.temperature"),
+            (r"\.local_mp\.bn\.", ".local.norm."),
+            (r"\.local_mp\.", ".local."),
+            *_FEED_FORWARD,
+            _FINAL_NORM,
+            _CLASSIFIER,
+        ]
+    ),
+}
+
+
+def has_released(model: object) -> bool:
+    """Whether `load_released` knows the names of this model's authors."""
+    return isinstance(model, tuple(_NAMES))
+
+
+def load_released(model: Model, path: str | Path) -> Model:
+    """Load a released checkpoint into a model of the same size, with its number of classes, and return the model.
 
     >>> model = load_released(vision_model("ravlt_t"), "RAVLT_T.pth")
     >>> model.reset_classifier(10)                                      # for other classes
 
     Args:
-        model: of `vision_model`, or of `timm.create_model` without features_only.
+        model: a RAVLT, MAViT, InLine or L²ViT network of `vision_model`, or of `timm.create_model` without features_only.
         path: a .pth file, read by `torch.load(weights_only=True)`, or a .safetensors file; the tensors may stand under "model".
 
     Raises:
         InputError: a file that is missing, cannot be read safely, or does not fit; the model is then as it was.
     """
-    if not isinstance(model, RAVLT):
-        raise InputError("model", type(model).__name__, "a RAVLT, as vision_model() makes")
-    path = Path(path)
+    kind = next((kind for kind in _NAMES if isinstance(model, kind)), None)
+    if kind is None:
+        known = ", ".join(kind.__name__ for kind in _NAMES)
+        raise InputError("model", type(model).__name__, f"a network whose authors released weights, as vision_model() makes: {known}")
+    path, names = Path(path), _NAMES[kind]
     own = model.state_dict()
-    found: dict[str, Tensor] = {}
-    for name, tensor in read_checkpoint(path).items():
-        if not _DERIVED.match(name):
-            found[_rename(name)] = tensor
+    found = {names.ours(name): tensor for name, tensor in read_checkpoint(path).items() if not re.search(names.derived, name)}
     missing, unknown = [n for n in own if n not in found], [n for n in found if n not in own]
     if missing:
         raise InputError("path", f"{path}, which has no {_first(missing)}", "a checkpoint of this model's size")
@@ -66,16 +144,6 @@ def load_released(model: RAVLT, path: str | Path) -> RAVLT:
         raise InputError("path", f"{path}, with {_first(shapes)}", "a checkpoint of this model's size and number of classes")
     model.load_state_dict({n: found[n].reshape(own[n].shape) for n in own})
     return model
-
-
-def _rename(name: str) -> str:
-    """Our name of one of their tensors. They count a downsampling to the stage before it, we to the one after."""
-    down = re.match(r"^layers\.(\d+)\.downsample\.(reduction|norm)\.(.+)$", name)
-    if down:
-        return f"stages.{int(down[1]) + 1}.downsample.{0 if down[2] == 'reduction' else 1}.{down[3]}"
-    for pattern, ours in _RULES:
-        name = re.sub(pattern, ours, name)
-    return name
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:

@@ -3,60 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from subquad.models.vision import l2vit, nalaformer, ravlt
-from subquad.models.vision.blocks import STRIDE, Backbone
+from subquad.models.vision.backbone import Backbone
+from subquad.models.vision.variants import VARIANTS, Variant
 
 
-@dataclass(frozen=True)
-class _Entry:
-    model: type[Backbone]
-    options: dict[str, Any]
-    paper: str
-    first_conv: str = "stem.0"
-
-
-_ENTRIES = {
-    **{n: _Entry(ravlt.RAVLT, v.options, "2411.07635" if v.linear == "rala" else "2507.00698") for n, v in ravlt.VARIANTS.items()},
-    **{n: _Entry(nalaformer.NaLaFormer, options, "2506.21137") for n, options in nalaformer.VARIANTS.items()},
-    **{n: _Entry(l2vit.L2ViT, options, "2501.16182", "stem.1") for n, options in l2vit.VARIANTS.items()},
-}
-
-default_cfgs = generate_default_cfgs(
-    {
-        name: {
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "min_input_size": (3, STRIDE, STRIDE),
-            "fixed_input_size": False,
-            "pool_size": (7, 7),
-            "crop_pct": 0.9,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": entry.first_conv,
-            "classifier": "head.fc",
-            "paper_ids": f"arXiv:{entry.paper}",
-        }
-        for name, entry in _ENTRIES.items()
+def _config(variant: Variant) -> dict[str, Any]:
+    staged = issubclass(variant.model, Backbone)
+    least = Backbone.least if staged else 16  # a patch
+    return {
+        "num_classes": 1000,
+        "input_size": (3, variant.image, variant.image),
+        "min_input_size": (3, least, least),
+        "fixed_input_size": False,
+        "pool_size": (variant.image // 32,) * 2 if staged else None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": variant.first_conv,
+        "classifier": "head.fc",
+        "paper_ids": f"arXiv:{variant.paper}",
     }
-)
 
 
-def _entry_point(name: str, entry: _Entry) -> Callable[..., Any]:
+default_cfgs = generate_default_cfgs({name: _config(variant) for name, variant in VARIANTS.items()})
+
+
+def _entry_point(name: str, variant: Variant) -> Callable[..., Any]:
     def create(pretrained: bool = False, **options: Any) -> Any:
-        features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-        return build_model_with_cfg(entry.model, name, pretrained, feature_cfg=features, **{**entry.options, **options})
+        # all four stages; of equal blocks, the last three
+        features = {"out_indices": (0, 1, 2, 3) if issubclass(variant.model, Backbone) else 3, "feature_cls": "getter"}
+        return build_model_with_cfg(variant.model, name, pretrained, feature_cfg=features, **{**variant.options, **options})
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{name}, randomly initialised; options as those of `{entry.model.__module__}.{entry.model.__name__}`."
+    create.__doc__ = f"{name}, randomly initialised; options as those of `{variant.model.__module__}.{variant.model.__name__}`."
     return create
 
 
-for _name, _entry in _ENTRIES.items():
-    globals()[_name] = register_model(_entry_point(_name, _entry))
+for _name, _variant in VARIANTS.items():
+    globals()[_name] = register_model(_entry_point(_name, _variant))

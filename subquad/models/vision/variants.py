@@ -1,0 +1,45 @@
+"""Every vision backbone by name: its class, the options of its published size, and what timm is told of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from subquad.checks import nearest
+from subquad.models.vision import inline, l2vit, lightnet, nalaformer, ravlt
+from subquad.models.vision.backbone import ImageModel
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published model.
+
+    Args:
+        model, options: its class, and keyword arguments of it.
+        paper: arXiv number.
+        image: rows and columns of the images that it was trained on.
+        first_conv: where its first convolution is.
+    """
+
+    model: type[ImageModel]
+    options: dict[str, Any]
+    paper: str
+    image: int = 224
+    first_conv: str = "stem.0"
+
+
+VARIANTS = {
+    **{n: Variant(ravlt.RAVLT, v.options, "2411.07635" if v.linear == "rala" else "2507.00698") for n, v in ravlt.VARIANTS.items()},
+    **{n: Variant(nalaformer.NaLaFormer, options, "2506.21137") for n, options in nalaformer.VARIANTS.items()},
+    **{n: Variant(l2vit.L2ViT, options, "2501.16182", first_conv="stem.1") for n, options in l2vit.VARIANTS.items()},
+    **{n: Variant(inline.InLineDeiT, options, "2412.06590", options["img_size"], "stem.1") for n, options in inline.DEIT.items()},
+    **{n: Variant(inline.InLineSwin, options, "2412.06590", first_conv="stem.1") for n, options in inline.SWIN.items()},
+    **{n: Variant(lightnet.LightNet, options, "2405.21022", first_conv="stem.1") for n, options in lightnet.VARIANTS.items()},
+}
+
+
+def make(name: str, options: dict[str, Any]) -> Any:
+    """What `subquad.models.vision.vision_model` does."""
+    if name not in VARIANTS:
+        raise nearest("name", name, VARIANTS, "vision model")
+    return VARIANTS[name].model(**{**VARIANTS[name].options, **options})

@@ -17,7 +17,7 @@ from common import failure
 from torch import nn
 
 from subquad.bench.machine import synchronize
-from subquad.models.vision.ravlt import vision_model
+from subquad.models.vision import vision_model
 
 BATCHES = [(224, 128), (512, 32), (1024, 8)]
 

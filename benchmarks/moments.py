@@ -1,16 +1,18 @@
 """Checks and times the kernels of moments, and the RAVLT that is built on them, on a CUDA machine.
 
-    python benchmarks/moments.py [--only SECTION …] [--quick] [--authors FOLDER] [--out FOLDER]
+    python benchmarks/moments.py [--only SECTION …] [--quick] [--authors FOLDER] [--add RESULT] [--out FOLDER]
     python benchmarks/moments.py --device cpu                     tries the script at tiny sizes
 
 Sections: `checks` (results and gradients against the quadratic definition in float64, at every head dim), `core` (RALA, MALA and
 NaLaFormer against RALA's formulas in plain PyTorch, eager and compiled, exact softmax, and the floor), `first` (the first call on
-a cold cache), `sanitize` (memory errors and races) and `model` (RAVLT-S, inference and training, against the authors' code, a checkout of qhfan/RALA in --authors).
+a cold cache), `sanitize` (memory errors and races) and `model` (RAVLT-S, inference and training, against the authors' code, a
+checkout of qhfan/RALA in --authors).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +54,12 @@ class Bench(Timed):
             "moments", "Kernels of moments and RAVLT", args.device, args.out / f"moments-{slug(args.device)}.json", quick=args.quick
         )
         self.authors: Path | None = args.authors
+        if args.add:
+            earlier = json.loads(args.add.read_text())
+            for key in ("device", "commit"):
+                if earlier[key] != self.result[key]:
+                    raise SystemExit(f"--add: {key} {earlier[key]} there, {self.result[key]} here")
+            self.result = earlier | {key: self.result[key] for key in ("date", "command", "versions")}
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -201,6 +209,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--authors", type=Path, metavar="FOLDER", help="a checkout of qhfan/RALA, to measure the authors' model too")
     parser.add_argument("--quick", action="store_true", help="short timings")
+    parser.add_argument("--add", type=Path, metavar="RESULT", help="go on from this result file of the same commit")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--first", choices=list(CALLS), help=argparse.SUPPRESS)

@@ -57,40 +57,6 @@ TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("mirror", 64, 16, "scalar"): (Config(64, 4, 1), Config(16, 4, 3)),
     ("mirror", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 3)),
     ("mirror", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
-    # of moments: columns are tokens of a tile, the width is that of features or values, which some features turn or have two signs of
-    **{
-        (kernel, width, 16, way): (row, row)
-        for kernel, ways in {
-            "mean": {"none": (Config(128, 4, 2), Config(32, 8, 3)), "signs": (Config(64, 4, 2), Config(64, 4, 2))},
-            "gather": {
-                "none": (Config(128, 4, 3), Config(128, 8, 3)),
-                "turned": (Config(128, 4, 2), Config(128, 8, 2)),
-                "signs": (Config(64, 4, 3), Config(128, 4, 2)),
-            },
-            "apply": {
-                "none": (Config(64, 4, 3), Config(64, 4, 3)),
-                "turned": (Config(64, 4, 3), Config(64, 4, 3)),
-                "signs": (Config(32, 4, 3), Config(32, 4, 3)),
-            },
-            "apply_back": {
-                "none": (Config(64, 4, 3), Config(32, 8, 3)),
-                "turned": (Config(64, 4, 3), Config(32, 8, 3)),
-                "signs": (Config(32, 4, 3), Config(32, 4, 3)),
-            },
-            "apply_back_out": {
-                "none": (Config(64, 4, 2), Config(64, 4, 2)),
-                "turned": (Config(64, 4, 2), Config(64, 4, 2)),
-                "signs": (Config(32, 4, 2), Config(32, 4, 2)),
-            },
-            "gather_back": {
-                "none": (Config(64, 4, 2), Config(64, 8, 2)),
-                "turned": (Config(64, 4, 2), Config(64, 8, 2)),
-                "signs": (Config(64, 4, 2), Config(64, 4, 2)),
-            },
-        }.items()
-        for way, rows in ways.items()
-        for width, row in zip((64, 128, 256), (*rows, Config(32, 8, 2)))
-    },
 }
 
 

@@ -470,3 +470,16 @@ def test_a_damaged_safetensors_file_and_a_model_of_another_kind(tmp_path):
         load_released(small(), path)
     with pytest.raises(InputError, match="model: got Linear"):
         load_released(nn.Linear(2, 2), path)
+
+
+@pytest.mark.parametrize("mechanism", ["softmax", "linear-elu", "lightnet"])
+def test_every_patch_sees_the_last_one_whatever_the_mechanism(mechanism):
+    model = vision_model("ravlt_t", mechanisms=(mechanism, "rala", "softmax", "softmax"), depths=(1, 1, 1, 1), num_classes=0).eval()
+    block = model.stages[0].blocks[0].attn
+    x = torch.randn(1, 8, 8, 64)
+    other = x.clone()
+    other[0, -1, -1] += 1
+    change = block.attend(*(t.flatten(1, 2)[:, :, None] for t in (x, x, other)), grid=(8, 8)) - block.attend(
+        *(x.flatten(1, 2)[:, :, None],) * 3, grid=(8, 8)
+    )
+    assert (change[0, 0].abs() > 0).any(), "the first patch does not see the last"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from subquad.checks import InputError
-from subquad.contract import attention
+from subquad.contract import attention, option_defaults
+from subquad.contract import mechanism as find
 from subquad.layers.rotary2d import rala_rotary
 from subquad.rotary import Rotary
 
@@ -53,7 +54,7 @@ class GatedAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, mechanism: str) -> None:
         super().__init__()
-        options: dict[str, Any] = {"causal": False} if mechanism == "softmax" else {}
+        options: dict[str, Any] = {"causal": False} if "causal" in option_defaults(find(mechanism)) else {}
         self.qkvg = nn.Linear(dim, 4 * dim)
         self.attend = attention(mechanism, heads, dim // heads, **options)
         self.local = DepthwiseConv(dim, 5)

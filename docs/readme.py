@@ -25,6 +25,7 @@ SHOWN = {
     "vision_experiment": "Accuracy",
     "flops": (),
     "ranks": (),
+    "moments": ("RAVLT-S",),
     "kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention"),
 }  # of long results; the page has all
 LAYER = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # of SmolLM2-135M
@@ -70,12 +71,16 @@ def experiment_table() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
-def tables_of(benchmark: str) -> str:
-    """The tables of the result files of one benchmark, each under its title."""
+def tables_of(benchmark: str, titles: tuple[str, ...] = ("",)) -> str:
+    """The tables of the result files of one benchmark whose titles begin so, each under its title."""
     parts = []
     for content in results().values():
         if content.get("benchmark") == benchmark:
-            parts += [f"{one['title']} ({stamped(content)})\n\n{table(one['columns'], one['rows'])}" for one in result_tables(content)]
+            parts += [
+                f"{one['title']} ({stamped(content)})\n\n{table(one['columns'], one['rows'])}"
+                for one in result_tables(content)
+                if one["title"].startswith(titles)
+            ]
     return "\n\n".join(parts) or "Not measured yet."
 
 
@@ -95,7 +100,7 @@ def render(text: str, generated: dict[str, str], name: str = "README.md") -> str
 def main() -> int:
     pages = {
         README: {"mechanisms": mechanism_table(), "results": results_table()},
-        VISION: {name: tables_of(name) for name in ("flops", "ranks")},
+        VISION: {name: tables_of(name) for name in ("flops", "ranks")} | {"moments": tables_of("moments", ("Time on", "RAVLT-S", "First"))},
         EXPERIMENT: {"vision-experiment": experiment_table()},
     }
     stale = False

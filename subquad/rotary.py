@@ -32,6 +32,10 @@ class Rotary:
         if self.cos.dim() not in (2, 3) or self.cos.shape[-1] % 2:
             raise InputError("rotary.cos", shape_of(self.cos), "[N, R] or [B, N, R] with R even")
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without what operators remember about it."""
+        return {"cos": self.cos, "sin": self.sin, "interleaved": self.interleaved}
+
     @staticmethod
     def of(positions: Tensor, dim: int, *, theta: float = 10000.0, interleaved: bool = False) -> Rotary:
         """The usual one-dimensional rotary for integer positions ``[N]`` or ``[B, N]``, in float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from subquad.checks import InputError, nearest
 from subquad.train import images, loop, models
 from subquad.train.recipe import Recipe
 
-KEPT = ("job.json", "report.json", "report.html", "rows", "checkpoints", "weights")  # what a run may leave in its folder
+KEPT = ("job.json", "report.json", "report.html", "rows", "checkpoints")  # what a run may leave in its folder
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,21 @@ def run_job(job: VisionJob, out: Path | None, *, command: str, fresh: bool = Fal
 
 
 def _clear(out: Path) -> None:
-    """Remove what an earlier run of this command left."""
-    if (out / "job.json").is_file():
-        with writing("--out", out):
-            for name in KEPT:
-                path = out / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove what an earlier run of this command left, and nothing else."""
+    try:
+        earlier = json.loads((out / "job.json").read_text(encoding="utf-8"))["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # nothing of ours: the folder is refused if it is not empty
+    if not isinstance(earlier, dict) or not {"recipe", "seeds", "mechanisms"} <= earlier.keys():
+        return
+    with writing("--out", out):
+        for path in (out / "weights").glob("*-seed*.safetensors"):
+            path.unlink()
+        if (out / "weights").is_dir() and not any((out / "weights").iterdir()):
+            (out / "weights").rmdir()
+        for name in KEPT:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _keep_weights(out: Path | None, name: str, model: nn.Module) -> None:

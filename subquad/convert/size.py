@@ -6,6 +6,7 @@ interpolated as an image (bicubic); class tokens' rows stay. A Swin keeps its wi
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -67,9 +68,14 @@ def resize(model: Any, size: int | Pair) -> Any:
     ):
         if hasattr(owner, name):
             setattr(owner, name, value)
+    copies: dict[int, Any] = {}
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "image_size"):
-            module.config.image_size = pixels  # mostly one and the same
+            old = module.config  # mostly one and the same for all modules, and perhaps for other models too
+            if id(old) not in copies:
+                copies[id(old)] = copy.deepcopy(old)
+                copies[id(old)].image_size = pixels
+            module.config = copies[id(old)]
     return model
 
 

@@ -28,17 +28,23 @@ def rala_rotary(grid: tuple[int, int], head_dim: int, *, device: torch.device | 
     if len(grid) != 2 or min(grid) < 1:
         raise InputError("grid", tuple(grid), "(rows, columns)")
     where = torch.device(device or "cpu")
+    settled = device is not None and (where.type != "cuda" or where.index is not None)  # not whatever is the default just now
+    if torch.compiler.is_compiling() or not settled:
+        return _rotary(grid, head_dim, device)
     key = tuple(grid), head_dim, where, torch.is_inference_mode_enabled()
-    if key in _known and not torch.compiler.is_compiling():
-        return _known[key]
+    if key not in _known:
+        rotary = _rotary(grid, head_dim, device)
+        if type(rotary.cos) is not torch.Tensor:  # fake
+            return rotary
+        if len(_known) >= MOST:
+            _known.pop(next(iter(_known)))
+        _known[key] = rotary
+    return _known[key]
+
+
+def _rotary(grid: tuple[int, int], head_dim: int, device: torch.device | str | None) -> Rotary:
     frequency = 10000.0 ** -torch.linspace(0, 1, head_dim // 4, device=device).repeat_interleave(2)  # [D/2]
     rows, columns = (torch.arange(side, device=device, dtype=torch.float32)[:, None] * frequency for side in grid)
     across = (grid[0], grid[1], head_dim // 2)
     angle = torch.cat([rows[:, None].expand(across), columns[None].expand(across)], -1).flatten(0, 1)
-    rotary = Rotary(angle.cos(), angle.sin(), interleaved=True)
-    settled = device is not None and (where.type != "cuda" or where.index is not None)  # not whatever is the default just now
-    if settled and type(rotary.cos) is torch.Tensor and not torch.compiler.is_compiling():  # neither traced nor fake
-        if len(_known) >= MOST:
-            _known.pop(next(iter(_known)))
-        _known[key] = rotary
-    return rotary
+    return Rotary(angle.cos(), angle.sin(), interleaved=True)

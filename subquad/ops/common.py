@@ -48,6 +48,9 @@ def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
+_level = torch._C._functorch.maybe_current_level
+
+
 @cache
 def _capable(device: torch.device) -> bool:
     """Whether Triton is there and the device has what the kernels use: bfloat16 and TF32, so NVIDIA's from Ampere on."""
@@ -57,6 +60,8 @@ def _capable(device: torch.device) -> bool:
 
 def kernels_serve(x: Tensor, *widths: int) -> bool:
     """Whether the Triton kernels serve tensors like x with these head dims: on CUDA, or wherever SUBQUAD_KERNELS=on; not =off."""
+    if not torch.compiler.is_compiling() and _level() is not None:  # inside torch.func: its transforms know no kernels
+        return False
     wish = os.environ.get("SUBQUAD_KERNELS", "auto")
     if wish == "off" or x.dtype == torch.float64 or max(widths, default=0) > 256:
         return False

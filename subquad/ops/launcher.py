@@ -176,12 +176,18 @@ def eager(name: str, forward: Any, setup: Any, backward: Any) -> Any:
         setup(ctx, inputs, (o, final, kept))
         return o, final, *kept
 
+    def refuse_twice(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():  # create_graph: a gradient linear in its input would silently count as constant
+            raise RuntimeError("gradients of gradients are not available from the kernels; SUBQUAD_KERNELS=off has them")
+        return once(ctx, *grads)
+
     def run_back(ctx: Any, *grads: Any) -> Any:
         once = _Context(saved_tensors=ctx.saved_tensors, needs_input_grad=ctx.needs_input_grad, **vars(ctx))
         call = partial(backward, once, *grads)
         return prepared(call, call)
 
-    methods = {"forward": staticmethod(run), "backward": staticmethod(once_differentiable(run_back))}
+    once = once_differentiable(run_back)
+    methods = {"forward": staticmethod(run), "backward": staticmethod(refuse_twice)}
     function: Any = type(name, (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:

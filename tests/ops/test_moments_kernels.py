@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 
 from bounds import OutOfBounds, check_bounds
 
-from subquad import Rotary
+from subquad import InputError, Rotary
 from subquad.ops.feature_maps import feature_map
 from subquad.ops.moments import apply_moments, gather_moments, moment_attention
 from subquad.ops.moments.launch import Plan
@@ -247,3 +248,73 @@ def test_the_check_of_addresses_finds_a_stray_one():
     with pytest.raises(Exception, match="stray touches 32 bytes into a tensor of 32 bytes") as error:
         stray[(1,)](x, 8, C=8)
     assert isinstance(error.value.__cause__, OutOfBounds) or "OutOfBounds" in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["gathered", "applied"])
+def test_a_rotary_of_other_tokens_is_refused_before_it_is_read(where):
+    x = {name: t.to(DEVICE) for name, t in make().items()}
+    short = Rotary.of(torch.arange(N - 1, device=DEVICE), 16)
+    with pytest.raises(InputError, match="rotary"):
+        if where == "gathered":
+            gather_moments(x["k"], x["v"], rotary=short)
+        else:
+            apply_moments(x["q"], gather_moments(x["k"], x["v"]), rotary=short)
+    with pytest.raises(InputError, match="rotary"):
+        moment_attention(**x, rotary=Rotary.of(torch.arange(N, device=DEVICE), 24))
+
+
+def test_a_changed_rotary_is_read_anew():
+    x = {name: t.to(DEVICE) for name, t in make().items()}
+    turn = Rotary.of(torch.arange(N, device=DEVICE), 16)
+    before = moment_attention(**x, feature_map="elu1", rotary=turn)
+    turn.cos.fill_(1.0)
+    turn.sin.zero_()
+    after = moment_attention(**x, feature_map="elu1", rotary=turn)
+    torch.testing.assert_close(after, moment_attention(**x, feature_map="elu1"), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before, after)
+    assert set(copy.deepcopy(turn).__dict__) == {"cos", "sin", "interleaved"}
+
+
+def test_learned_angles_have_gradients():
+    x = {name: t.to(DEVICE) for name, t in make().items()}
+    angles = torch.randn(N, 16, device=DEVICE, requires_grad=True)
+    moment_attention(**x, feature_map="elu1", rotary=Rotary(angles.cos(), angles.sin())).sum().backward()
+    assert angles.grad.abs().max() > 0
+
+
+def test_gradients_of_gradients_are_refused_not_wrong():
+    x = {name: t.to(DEVICE).requires_grad_() for name, t in make().items()}
+    o = moment_attention(**x, feature_map="elu1")
+    with pytest.raises(RuntimeError, match="gradients of gradients"):
+        torch.autograd.grad(o.sum(), x["q"], create_graph=True)
+
+
+def test_functional_transforms_take_the_plain_form():
+    x = {name: t.to(DEVICE) for name, t in make().items()}
+    found = torch.func.grad(lambda q: moment_attention(q, x["k"], x["v"], feature_map="elu1").sum())(x["q"])
+    x["q"].requires_grad_()
+    moment_attention(**x, feature_map="elu1").sum().backward()
+    torch.testing.assert_close(found, x["q"].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_query_leaves_padding_out():
+    x = {name: t.to(DEVICE) for name, t in make().items()}
+    mask = (torch.arange(N, device=DEVICE) < 50).expand(2, N)
+    padded = moment_attention(**x, feature_map="elu1", global_query="mean", key_mask=mask)[:, :50]
+    alone = moment_attention(**{name: t[:, :50] for name, t in x.items()}, feature_map="elu1", global_query="mean")
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_compiles_for_any_number_of_tokens(turned):
+    def attend(q, k, v, cos, sin):
+        return moment_attention(q, k, v, feature_map="elu1", global_query="mean", rotary=Rotary(cos, sin) if turned else None)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (20, 33):
+        x = {name: t.to(DEVICE).requires_grad_() for name, t in make((2, 2), n=n).items()}
+        turn = Rotary.of(torch.arange(n, device=DEVICE), 16)
+        wanted = torch.autograd.grad(attend(**x, cos=turn.cos, sin=turn.sin).square().sum(), list(x.values()))
+        found = torch.autograd.grad(compiled(**x, cos=turn.cos, sin=turn.sin).square().sum(), list(x.values()))
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

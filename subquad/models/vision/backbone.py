@@ -123,6 +123,8 @@ class ImageModel(nn.Module):
         return x
 
     def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise InputError("images", type(images).__name__, f"floating-point images [B, {self.in_chans}, H, W]")
         if images.dim() != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
             raise InputError("images", shape_of(images), f"floating-point images [B, {self.in_chans}, H, W]")
         if min(images.shape[2:]) < self.least:

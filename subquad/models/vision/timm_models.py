@@ -38,6 +38,8 @@ def _entry_point(name: str, variant: Variant) -> Callable[..., Any]:
     def create(pretrained: bool = False, **options: Any) -> Any:
         # all four stages; of equal blocks, the last three
         features = {"out_indices": (0, 1, 2, 3) if issubclass(variant.model, Backbone) else 3, "feature_cls": "getter"}
+        if issubclass(variant.model, Backbone):
+            options.pop("img_size", None)  # any size is taken; timm's own models of windows are told one
         return build_model_with_cfg(variant.model, name, pretrained, feature_cfg=features, **{**variant.options, **options})
 
     create.__name__ = create.__qualname__ = name

@@ -65,6 +65,7 @@ def gather_moments(
         key_mask: bool ``[B, N]``, False for padding.
     """
     heads = _check_keys(k, v, global_query, key_logits, key_weights, layout, cu_seqlens, key_mask)
+    angles = _angles(rotary, v)
     if k is not None and _kernels_serve(k, v.shape[3], rotary, (feature_map,), key_logits, layout):
         from subquad.ops.moments import fused
 
@@ -73,7 +74,7 @@ def gather_moments(
     per_channel = key_logits is not None and key_logits.dim() == 4
     width = k.shape[-1] if k is not None else key_logits.shape[-1] if key_logits is not None and per_channel else 1
     named = {"k": k, "v": v, "key_logits": key_logits, "key_weights": key_weights, "mask": key_mask, "global_query": global_query}
-    x = {name: t for name, t in named.items() if t is not None} | _angles(rotary, v)
+    x = {name: t for name, t in named.items() if t is not None} | angles
     how = chunked.Gather(
         _map(feature_map), width**-0.5 if scale is None else scale, heads, width, compute_dtype(v), bool(rotary and rotary.interleaved)
     )
@@ -109,6 +110,7 @@ def apply_moments(
     """
     _check_queries(q, moments.M.shape[0], moments.M.shape[-3], normalizer, reduce, cu_seqlens)
     _check_moments(q, moments, normalizer, reduce)
+    angles = _angles(rotary, q)
     flat = moments.block_q is None and not moments.per_channel and moments.M.dtype == torch.float32
     if flat and _kernels_serve(q, moments.M.shape[-1], rotary, (feature_map,)):
         from subquad.ops.moments import fused
@@ -117,7 +119,7 @@ def apply_moments(
     if scale is None:
         scale = 1.0 if moments.per_channel else q.shape[-1] ** -0.5
     how = chunked.Apply(_map(feature_map), normalizer, scale, eps, floor, bool(rotary and rotary.interleaved))
-    return _apply(q, _angles(rotary, q), moments, how, reduce, cu_seqlens)
+    return _apply(q, angles, moments, how, reduce, cu_seqlens)
 
 
 def moment_attention(
@@ -148,12 +150,14 @@ def moment_attention(
     Args:
         feature_map: of q and k, or a pair (of q, of k).
         rotary: angles of k's tokens; where q has fewer tokens, these stand at the end.
-        global_query: "mean" for `mean_features` of q.
+        global_query: "mean" for `mean_features` of q, of the tokens that key_mask leaves where q has as many as k.
         cu_seqlens: offsets of the packed sequences of q and of k, v alike.
     """
     q_map, k_map = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
     if isinstance(global_query, str) and global_query != "mean":
         raise InputError("global_query", repr(global_query), "a tensor, 'mean' or None")
+    if isinstance(global_query, str) and key_mask is not None:
+        global_query = mean_features(q, q_map, cu_seqlens=cu_seqlens, mask=key_mask if q.shape[1] == v.shape[1] else None)
     given = None if isinstance(global_query, str) else global_query
     whole = all(isinstance(t, Tensor) and t.dim() == 4 for t in (q, k, v))  # others are told below what they should be
     if k is not None and whole and q.dtype == v.dtype and _kernels_serve(q, v.shape[3], rotary, (q_map, k_map), key_logits, layout):
@@ -196,6 +200,8 @@ def _kernels_serve(
     """Whether the Triton kernels serve q or k like x, with values of that width."""
     if not kernels_serve(x, x.shape[-1], values) or layout is not None or (key_logits is not None and key_logits.dim() == 4):
         return False
+    if rotary is not None and (rotary.cos.shape[-1] > x.shape[-1] or rotary.cos.requires_grad or rotary.sin.requires_grad):
+        return False  # refused, or differentiated, by the plain form
     known = all(name is None or (isinstance(name, str) and name in KERNEL_MAPS) for name in maps)
     alike = len({name in TWO_SIGNS for name in maps}) == 1
     widest = 128 if x.dtype == torch.bfloat16 else 64  # in float32 more does not fit shared memory

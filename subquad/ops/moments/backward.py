@@ -119,10 +119,10 @@ def apply_back_kernel(
         store_record(grads + program.to(tl.int64) * L, ch, vs, dM, dM_second, dz, dz_second, d_mean, tl.sum(d_weight, 0), D, V, TWO)
 
 
-@triton.jit(do_not_specialize=["N", "splits", "parts", "scale"])
+@triton.jit(do_not_specialize=["N", "splits", "scale"])
 def gather_back_kernel(
     k, v, queries, logits, factors, seen, cos, sin, cu, record, grads, dk, dv, d_query, d_logits, d_factors,
-    sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, sl_b, sl_n, sl_h, sf_b, sf_n, sf_h, ss_b, ss_n, sr_b, N, splits, parts, scale,
+    sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, sl_b, sl_n, sl_h, sf_b, sf_n, sf_h, ss_b, ss_n, sr_b, N, splits, scale,
     H: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GG: tl.constexpr, GL: tl.constexpr, GF: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, QUERY: tl.constexpr, LOGITS: tl.constexpr, FACTORS: tl.constexpr,
@@ -155,10 +155,7 @@ def gather_back_kernel(
     sin += i_b * sr_b + begin * (D // 2)
     query, query_second = ch.to(tl.float32), ch.to(tl.float32)
     if QUERY:
-        queries += (i_q * (H // GG) + i_h // GG) * parts * F
-        query = add_parts(queries, parts, F, ch, ch < D)
-        if TWO:
-            query_second = add_parts(queries + D, parts, F, ch, ch < D)
+        query, query_second = load_vector(queries + (i_q * (H // GG) + i_h // GG) * F, ch, D, TWO)
     top = tl.load(record + i_qh.to(tl.int64) * L + F * V + F + V + 1)
     shift = tl.where(top == float("-inf"), 0.0, top)
     grads += i_qh.to(tl.int64) * L

@@ -17,7 +17,7 @@ from subquad.checks import InputError, shape_of
 from subquad.ops.common import full_precision, reduce_heads, traced
 from subquad.ops.launcher import eager
 from subquad.ops.linear.launch import by_rows
-from subquad.ops.moments.launch import TWO_SIGNS, How, Sizes, Tensors, plan
+from subquad.ops.moments.launch import TWO_SIGNS, How, Sizes, Tensors, head_count, plan
 from subquad.ops.moments.moments import Moments
 from subquad.rotary import Rotary
 
@@ -53,18 +53,21 @@ moments_op = torch.library.custom_op("subquad::moments", forward, mutates_args=(
 
 
 @moments_op.register_fake
-def _(*args: Any) -> Any:
-    x = Tensors(*args[:13])
-    run = plan(x, None, args[13], How(*args[14:]))
+def _(*args: Any) -> Any:  # by itself, as a plan is remembered by sizes, which may be symbols here
+    x, values, how = Tensors(*args[:13]), args[13], How(*args[14:])
     like = x.q if x.k is None else x.k
-    o = record = like.new_empty(0, dtype=torch.float32)  # type: ignore[union-attr]
+    assert like is not None
+    o = record = like.new_empty(0, dtype=torch.float32)
     kept = []
-    if x.q is not None:
-        o = x.q.new_empty(*x.q.shape[:2], run.heads, run.size.V)
+    heads = head_count(x, how)
     if x.k is not None:
-        record = x.k.new_empty(run.rows, run.key_heads, run.size.L, dtype=torch.float32)
-        if run.how.averaged:
-            kept = [x.k.new_empty(run.rows, run.q_heads, run.mean_launch.runs, run.size.F, dtype=torch.float32)]
+        rows = like.shape[0] if x.cu is None else x.cu.shape[0] - 1
+        size = Sizes.of(like.shape[3], values, how.k_map in TWO_SIGNS)
+        record = like.new_empty(rows, heads, size.L, dtype=torch.float32)
+        if how.averaged and x.q is not None:
+            kept = [like.new_empty(rows, x.q.shape[2], 1, size.F, dtype=torch.float32)]
+    if x.q is not None:
+        o = x.q.new_empty(*x.q.shape[:2], max(heads, x.q.shape[2]), values)
     return o, record, kept
 
 
@@ -163,11 +166,19 @@ def tables(rotary: Rotary | None, like: Tensor) -> tuple[Tensor, Tensor] | tuple
     """cos and sin ``[1 or B, N, D/2]`` of each pair of channels of `like`; half precision where that is finer than its own."""
     if rotary is None:
         return None, None
-    key = like.shape[-1], like.dtype, like.device, torch.is_inference_mode_enabled()
+    if torch.compiler.is_compiling() or traced(like) or traced(rotary.cos):
+        return _tables(rotary, like)
+    inference = rotary.cos.is_inference() or torch.is_inference_mode_enabled()
+    versions = () if rotary.cos.is_inference() else (rotary.cos._version, rotary.sin._version)
+    key = like.shape[-1], like.dtype, like.device, inference, versions
     kept = rotary.__dict__.setdefault("_tables", {})  # one rotary serves many layers
-    if key in kept and not traced(like):
-        found: tuple[Tensor, Tensor] = kept[key]
-        return found
+    if key not in kept:
+        kept[key] = _tables(rotary, like)
+    found: tuple[Tensor, Tensor] = kept[key]
+    return found
+
+
+def _tables(rotary: Rotary, like: Tensor) -> tuple[Tensor, Tensor]:
     turned, pairs = rotary.cos.shape[-1] // 2, like.shape[-1] // 2
     made = []
     for x, other in ((rotary.cos, 1.0), (rotary.sin, 0.0)):
@@ -175,8 +186,6 @@ def tables(rotary: Rotary | None, like: Tensor) -> tuple[Tensor, Tensor] | tuple
         x = x.detach().to(like.device, torch.float16 if like.dtype == torch.bfloat16 else torch.float32)
         x = torch.nn.functional.pad(x, (0, pairs - turned), value=other) if pairs > turned else x
         made.append((x if x.dim() == 3 else x[None]).contiguous())
-    if not traced(made[0]):
-        kept[key] = made[0], made[1]
     return made[0], made[1]
 
 

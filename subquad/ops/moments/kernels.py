@@ -69,10 +69,10 @@ def mean_kernel(
         tl.store(sums + D + ch, tl.sum(second, 0) / tl.maximum(n, 1), mask=ch < D)
 
 
-@triton.jit(do_not_specialize=["N", "splits", "parts", "scale"])
+@triton.jit(do_not_specialize=["N", "splits", "scale"])
 def gather_kernel(
     k, v, queries, logits, factors, seen, cos, sin, cu, record,
-    sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, sl_b, sl_n, sl_h, sf_b, sf_n, sf_h, ss_b, ss_n, sr_b, N, splits, parts, scale,
+    sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, sl_b, sl_n, sl_h, sf_b, sf_n, sf_h, ss_b, ss_n, sr_b, N, splits, scale,
     H: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GG: tl.constexpr, GL: tl.constexpr, GF: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, QUERY: tl.constexpr, LOGITS: tl.constexpr, FACTORS: tl.constexpr,
@@ -81,7 +81,7 @@ def gather_kernel(
     """The record ``[rows, H, splits, L]`` of a run of keys ``[B, N, H/GK, D]`` and values ``[B, N, H/GV, V]``.
 
     Args:
-        queries: with QUERY ``[rows, H/GG, parts, F]``, to be summed over parts: keys like it get larger logits.
+        queries: with QUERY ``[rows, H/GG, F]``: keys like it get larger logits.
         logits, factors: with LOGITS, FACTORS ``[B, N, heads]``.
         seen: with MASK ``[B, N]``, 0 for padding.
         cos, sin: with TURN ``[1 or B, N, D/2]``.
@@ -104,10 +104,7 @@ def gather_kernel(
     sin += i_b * sr_b + begin * (D // 2)
     query, query_second = ch.to(tl.float32), ch.to(tl.float32)
     if QUERY:
-        queries += (i_q * (H // GG) + i_h // GG) * parts * F
-        query = add_parts(queries, parts, F, ch, ch < D)
-        if TWO:
-            query_second = add_parts(queries + D, parts, F, ch, ch < D)
+        query, query_second = load_vector(queries + (i_q * (H // GG) + i_h // GG) * F, ch, D, TWO)
 
     M, second = tl.zeros([BD, BV], tl.float32), tl.zeros([BD, BV] if TWO else [1, 1], tl.float32)
     z, z_second = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)

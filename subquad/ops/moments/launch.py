@@ -88,22 +88,33 @@ class Launch(NamedTuple):
 Kind = tuple[torch.Size, tuple[int, ...], torch.dtype] | None  # of a tensor: shape, strides, dtype
 
 
+def head_count(x: Tensors, how: How) -> int:
+    """Heads of the record: the largest count of what it is made of."""
+    if x.k is None:
+        assert x.record is not None
+        return x.record.shape[1]
+    counts = [t.shape[2] for t in (x.k, x.v, x.logits, x.factors) if t is not None]
+    counts += [] if x.query is None else [x.query.shape[1]]
+    return max(counts + ([x.q.shape[2]] if how.averaged and x.q is not None else []))
+
+
 def plan(x: Tensors, do: Tensor | None, values: int, how: How) -> Plan:
     """The plan for tensors like these; `do` is o's gradient."""
     like = x.q if x.k is None else x.k
     assert like is not None
-    return _plan(tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in (*x, do)]), values, how, like.device)
+    kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in (*x, do)])
+    return _plan(kinds, head_count(x, how), values, how, like.device)
 
 
 @remembered
-def _plan(kinds: tuple[Kind, ...], values: int, how: How, device: torch.device) -> Plan:
-    return Plan(dict(zip((*Tensors._fields, "do"), kinds)), values, how, device)
+def _plan(kinds: tuple[Kind, ...], heads: int, values: int, how: How, device: torch.device) -> Plan:
+    return Plan(dict(zip((*Tensors._fields, "do"), kinds)), heads, values, how, device)
 
 
 class Plan:
     """Heads, sizes and launches of one kind of call."""
 
-    def __init__(self, kinds: dict[str, Kind], values: int, how: How, device: torch.device) -> None:
+    def __init__(self, kinds: dict[str, Kind], key_heads: int, values: int, how: How, device: torch.device) -> None:
         self.kinds, self.how, self.device = kinds, how, device
         shapes = {name: None if kind is None else kind[0] for name, kind in kinds.items()}
         q, k, cu = shapes["q"], shapes["k"], shapes["cu"]
@@ -111,13 +122,7 @@ class Plan:
         assert like is not None
         (self.batch, self.tokens, _, width), _, self.dtype = like
         self.q_tokens = self.tokens if q is None else q[1]
-        if k is None:
-            assert shapes["record"] is not None
-            self.key_heads = shapes["record"][1]
-        else:
-            counts = [shapes[name][2] for name in ("k", "v", "logits", "factors") if shapes[name] is not None]  # type: ignore[index]
-            counts += [] if shapes["query"] is None else [shapes["query"][1]]
-            self.key_heads = max(counts + ([q[2]] if how.averaged and q is not None else []))
+        self.key_heads = key_heads
         self.q_heads = 0 if q is None else q[2]
         self.heads = max(self.key_heads, self.q_heads)
         self.size = Sizes.of(width, values, (how.q_map if k is None else how.k_map) in TWO_SIGNS)
@@ -182,8 +187,7 @@ class Plan:
             *self._strides("k"), *self._strides("v"), *self._strides("logits"), *self._strides("factors"), *self._strides("seen", 2),
             *self._row_stride("k_cos"),
         )  # fmt: skip
-        parts = self.mean_launch.runs if self.how.averaged else 1
-        return self._launch(kernel, name, heads, constants, strides, self.tokens, parts, self.how.logit_scale)
+        return self._launch(kernel, name, heads, constants, strides, self.tokens, self.how.logit_scale)
 
     @cached_property
     def gather_launch(self) -> Launch:
@@ -235,10 +239,10 @@ class Plan:
     # ---- calls -----------------------------------------------------------------------------------------------------
 
     def mean(self, q: Tensor, x: Tensors) -> Tensor:
-        """Shares of the mean of φ(q): ``[rows, heads of q, runs, F]``."""
+        """The mean of φ(q): ``[rows, heads of q, 1, F]``."""
         sums = self.empty(self.rows, self.q_heads, self.mean_launch.runs, self.size.F)
         self.mean_launch(q, sums, q if x.cu is None else x.cu)
-        return sums
+        return sums if self.mean_launch.runs == 1 else sums.sum(2, keepdim=True)
 
     def _key_tensors(self, x: Tensors, queries: Tensor | None) -> list[Tensor]:
         k = x.k

@@ -103,10 +103,11 @@ def core(bench: Bench) -> list[dict[str, Any]]:
         "Time on the device, bf16, ms (× floor of q, k, v, q again, o)", "what", "shape", "forward", "forward + backward", "as called"
     )
     found = []
-    compiled = torch.compile(formulas, dynamic=False) if bench.cuda else formulas
     for shape, grid, both_bar, floor_bar in SHAPES:
         if not bench.cuda:
             shape, grid = (1, 36, 1, 16), (6, 6)
+        torch._dynamo.reset()  # it compiles eight variants of a function, and then no more
+        compiled = torch.compile(formulas, dynamic=False) if bench.cuda else formulas
         made = torch.randn(4, *shape, device=bench.device, dtype=torch.bfloat16)
         grown = {name: t.clone().requires_grad_() for name, t in zip("qkv", made)}
         floor = 5 * made[0].nbytes / bench.rate() * 1000

@@ -583,6 +583,20 @@ def _parts(of: str, layouts: Sequence[Layout]) -> Layout:
     return Layout(n, m, EVERYTHING, parts[0].block_q, parts[0].block_k, parts=parts, parts_of=of)
 
 
+def _share(layout: Layout, of: str, number: int, count: int) -> Layout:
+    """What lists name for one of `count` heads or rows."""
+    dim = 1 if of == "heads" else 0
+    if layout.index is None or layout.counts is None or layout.index.shape[dim] == 1:
+        return layout
+    if layout.index.shape[dim] != count:
+        raise InputError("other", f"lists for {layout.index.shape[dim]} {of}", f"for 1 or {count}, as the other has")
+    held = {name: getattr(layout, name) for name in ("index", "counts", "bit_index", "starts", "stops")}
+    held = {name: x if x is None else x.narrow(dim, number, 1) for name, x in held.items()}
+    return Layout(
+        layout.n, layout.m, layout.inner, layout.block_q, layout.block_k, bits=layout.bits, dynamic=layout.dynamic, **held
+    )  # fmt: skip
+
+
 def _stack(masks: list[Tensor], of: str) -> Tensor:
     """Masks ``[B|1, H|1, …]`` of parts as one."""
     heads = math.lcm(*(mask.shape[1] for mask in masks))
@@ -597,7 +611,9 @@ def _combine(a: Layout, b: Layout, kind: type[Union] | type[Intersection]) -> La
         raise InputError("other", was, f"a Layout of the same size, {a.n} x {a.m}")
     for x, y in ((a, b), (b, a)):
         if x.parts:
-            others = y.parts if y.parts and y.parts_of == x.parts_of else (y,) * len(x.parts)
+            others = (
+                y.parts if y.parts and y.parts_of == x.parts_of else [_share(y, x.parts_of, p, len(x.parts)) for p in range(len(x.parts))]
+            )
             if len(others) != len(x.parts):
                 raise InputError("other", f"{len(others)} {y.parts_of}", f"as many as the other has, {len(x.parts)}")
             return _parts(x.parts_of, [_combine(p, q, kind) for p, q in zip(x.parts, others)])

@@ -103,7 +103,9 @@ def plot(layout: Layout, query: int | None, head: int, row: int) -> Any:
     grid = grid_of(part)
     figure = Figure(figsize=(5.2 if grid is None else 10, 4.6), layout="constrained")
     axes = figure.subplots(1, 1 if grid is None else 2, squeeze=False)[0]
-    image = axes[0].imshow(blocks(part, head, row), cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=(0, part.m, part.n, 0))
+    image = axes[0].imshow(
+        blocks(part, head, row).numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=(0, part.m, part.n, 0)
+    )
     axes[0].set(xlabel="key", ylabel="query", title=f"{part.n} x {part.m}, share of each block that is seen")
     figure.colorbar(image, ax=axes[0], shrink=0.8)
     if grid is not None:
@@ -111,7 +113,7 @@ def plot(layout: Layout, query: int | None, head: int, row: int) -> Any:
         seen = part.queries(query, query + 1)[row if part.rows > 1 else 0, head, 0].cpu().reshape(grid)
         at = [int(x) for x in torch.unravel_index(torch.tensor(query), grid)]
         plane = seen.reshape(1, -1) if len(grid) == 1 else seen if len(grid) == 2 else seen[at[0]]
-        axes[1].imshow(plane, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axes[1].imshow(plane.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axes[1].plot(at[-1], 0 if len(grid) == 1 else at[-2], "o", color="tab:red", markersize=5)
         where = f" in frame {at[0]}" if len(grid) == 3 else ""
         axes[1].set(xlabel="column", ylabel="row", title=f"the {int(seen.sum())} keys of query {query}{where}")
@@ -131,7 +133,7 @@ def grid_of(layout: Layout) -> tuple[int, ...] | None:
 
 def blocks(layout: Layout, head: int = 0, row: int = 0) -> Tensor:
     """The share that is seen of each block of a picture of at most `PICTURE` blocks a side, float32."""
-    side = max(1, min(layout.block_q, layout.block_k), -(-max(layout.n, layout.m) // PICTURE))
+    side = max(1, -(-max(layout.n, layout.m) // PICTURE))
     rows, columns = -(-layout.n // side), -(-layout.m // side)
     share = torch.zeros(rows, columns)
     width = (torch.arange(1, columns + 1) * side).clamp(max=layout.m) - torch.arange(columns) * side

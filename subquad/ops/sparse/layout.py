@@ -21,21 +21,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from subquad.checks import InputError, shape_of
+from subquad.checks import InputError
 from subquad.ops.sparse import lists
-from subquad.ops.sparse.grids import Circle, Neighborhood
-from subquad.ops.sparse.patterns import Band, Globals, Intersection, Listed, Power, Strided, Union, join
-from subquad.ops.sparse.rules import EVERYTHING, Causal, Rule, Terrace, Window
+from subquad.ops.sparse.by_list import ByList
+from subquad.ops.sparse.by_rule import ByRule
+from subquad.ops.sparse.patterns import Intersection, Listed, Union, join
+from subquad.ops.sparse.rules import EVERYTHING, Rule
 
 if TYPE_CHECKING:
     from subquad.ops.sparse.show import Seen
 
 ROWS_AT_ONCE = 16  # query blocks whose visited pairs are counted together
-PerAxis = int | Sequence[int]
 
 
-class Layout:
-    """Which of `m` keys each of `n` queries sees. Made by the constructors below, not directly.
+class Layout(ByRule, ByList):
+    """Which of `m` keys each of `n` queries sees. Made by the constructors of `by_rule` and `by_list`, and those below.
 
     >>> Layout.window(16384, 512, sinks=4)
     Layout(16384 x 16384, Window(size=512, sinks=4), density 3.10 %)
@@ -50,256 +50,6 @@ class Layout:
         dynamic: whether the lists follow from data: then nothing of them is read on the host, and every list costs its capacity.
         parts, parts_of: layouts of the "heads" or the "rows" of the batch, in order; empty for other forms.
     """
-
-    def __init__(
-        self, n: int, m: int, rule: Rule, block_q: int, block_k: int, index: Tensor | None = None, counts: Tensor | None = None, *,
-        bits: Tensor | None = None, bit_index: Tensor | None = None, starts: Tensor | None = None, stops: Tensor | None = None,
-        dynamic: bool = False, parts: Sequence[Layout] = (), parts_of: str = "",
-    ) -> None:  # fmt: skip
-        self.n, self.m, self.inner = n, m, rule
-        self.block_q, self.block_k = block_q, block_k
-        self.index, self.counts = index, counts
-        self.bits, self.bit_index, self.starts, self.stops = bits, bit_index, starts, stops
-        self.dynamic, self.parts, self.parts_of = dynamic, tuple(parts), parts_of
-        self._host_counts: list[int] | None = None
-
-    # ---- makers ----------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def dense(n: int, m: int | None = None) -> Layout:
-        """Every query sees every key."""
-        m = n if m is None else m
-        _check_sizes(n, m, aligned=False)
-        return Layout(n, m, EVERYTHING, 128, 128)
-
-    @staticmethod
-    def causal(n: int, m: int | None = None) -> Layout:
-        """Query i sees the keys j ≤ i + m − n."""
-        m = n if m is None else m
-        _check_sizes(n, m)
-        return Layout(n, m, Causal(), 128, 128)
-
-    @staticmethod
-    def window(n: int, size: int, sinks: int = 0, m: int | None = None) -> Layout:
-        """Query i, standing at p = i + m − n, sees p − size < j ≤ p, and j < sinks up to p."""
-        m = n if m is None else m
-        _check_sizes(n, m)
-        _check_int("size", size, 1)
-        _check_int("sinks", sinks, 0)
-        return Layout(n, m, Window(size, sinks), 128 if size >= 256 else 64, 64)
-
-    @staticmethod
-    def terrace(n: int, size: int, m: int | None = None) -> Layout:
-        """A query sees its own block of `size` positions and the block before it, causally: size … 2·size keys."""
-        m = n if m is None else m
-        _check_sizes(n, m)
-        _check_int("size", size, 1)
-        return Layout(n, m, Terrace(size), 128 if size >= 256 else 64, 64)
-
-    @staticmethod
-    def band(n: int, left: int, right: int, *, global_tokens: int = 0) -> Layout:
-        """Query i sees the keys i − left … i + right; the first `global_tokens` see all and are seen by all.
-
-        Beltagy et al.: Longformer (arXiv 2004.05150), section 3.1, with a window of left + right.
-        """
-        _check_sizes(n, n)
-        for name, value in (("left", left), ("right", right), ("global_tokens", global_tokens)):
-            _check_int(name, value, 0)
-        rule = join(Union, Band(left, right), Globals(global_tokens)) if global_tokens else Band(left, right)
-        return Layout(n, n, rule, 128 if left + right >= 256 else 64, 64)
-
-    @staticmethod
-    def global_tokens(n: int, count: int) -> Layout:
-        """The first `count` tokens see every key, and every query sees them: to be joined with another layout by ``|``."""
-        _check_sizes(n, n)
-        _check_int("count", count, 0)
-        return Layout(n, n, Globals(count), 64, 64)
-
-    @staticmethod
-    def neighborhood(
-        grid: PerAxis, window: PerAxis, *, stride: PerAxis = 1, dilation: PerAxis = 1, causal: bool | Sequence[bool] = False
-    ) -> Layout:
-        """The nearest keys on a grid of one to three axes, tokens in row-major order; windows slide inwards at borders.
-
-        >>> Layout.neighborhood((64, 64), 13)
-        Layout(4096 x 4096, Neighborhood(grid=(64, 64), window=(13, 13), ...), density 4.13 %)
-
-        Args:
-            grid: its sides, or the length of a sequence.
-            window: keys along each axis; even ones reach window/2 to the left and window/2 − 1 to the right.
-            stride: queries that share the window of their group's leader, at most the window.
-            dilation: distance of the keys along each axis; window · dilation is at most the side.
-            causal: whether later coordinates are hidden.
-
-        Each is a number or one per axis. Hassani et al. (arXiv 2504.16922).
-        """
-        sides = _axes("grid", grid, 0)
-        windows, strides, dilations = (
-            _axes(name, x, len(sides)) for name, x in (("window", window), ("stride", stride), ("dilation", dilation))
-        )
-        flags = (causal,) * len(sides) if isinstance(causal, bool) else tuple(causal)
-        if len(flags) != len(sides) or not all(isinstance(c, bool) for c in flags):
-            raise InputError("causal", repr(causal), f"True or False, or one for each of the {len(sides)} axes")
-        for side, w, s, d in zip(sides, windows, strides, dilations):
-            if w * d > side:
-                at = f" under dilation {d}" if d > 1 else ""
-                raise InputError("window", w, f"at most {side // d}{at} on an axis of {side}")
-            if s > w:
-                raise InputError("stride", s, f"at most the window, {w}")
-        return _on_grid(sides, Neighborhood(sides, windows, strides, dilations, flags))
-
-    @staticmethod
-    def circle(grid: PerAxis, radius: float) -> Layout:
-        """Keys at a Euclidean distance below `radius` on a grid of one to three axes (CLEAR, arXiv 2412.16112)."""
-        sides = _axes("grid", grid, 0)
-        if isinstance(radius, bool) or not isinstance(radius, int | float) or not radius > 0:
-            raise InputError("radius", repr(radius), "a positive number")
-        return _on_grid(sides, Circle(sides, min(math.ceil(radius * radius) - 1, sum(side * side for side in sides))))
-
-    @staticmethod
-    def strided(n: int, stride: int, *, window: int = 1, block: int = 64, offset: int = 0, m: int | None = None) -> Layout:
-        """Causal, by blocks: the last `window` blocks and the blocks j with (j + offset) mod stride = 0.
-
-        Lin et al.: S2-Attention (arXiv 2407.17678); Child et al.: Sparse Transformers (arXiv 1904.10509) with block = 1.
-        """
-        m = n if m is None else m
-        _check_sizes(n, m)
-        for name, value, least in (("stride", stride, 1), ("window", window, 1), ("block", block, 1), ("offset", offset, 0)):
-            _check_int(name, value, least)
-        return Layout(n, m, Strided(block, window, stride, offset % stride), _side(block), 64)
-
-    @staticmethod
-    def power(n: int, *, window: int = 2, sinks: int = 0, block: int = 64, m: int | None = None) -> Layout:
-        """Causal, by blocks: the last `window` blocks, those at distances 1, 2, 4, 8, …, and the first `sinks` blocks.
-
-        Chen et al.: PowerAttention (arXiv 2503.03588): d layers reach every block at a distance below 2^d.
-        """
-        m = n if m is None else m
-        _check_sizes(n, m)
-        for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("block", block, 1)):
-            _check_int(name, value, least)
-        return Layout(n, m, Power(block, window, sinks), _side(block), 64)
-
-    @staticmethod
-    def from_block_mask(
-        mask: Tensor, block: int | tuple[int, int], n: int | None = None, m: int | None = None, *, rule: Rule = EVERYTHING
-    ) -> Layout:
-        """Key blocks by a boolean mask.
-
-        >>> Layout.from_block_mask(torch.eye(4, dtype=torch.bool), 64, n=250).to_mask().shape
-        torch.Size([250, 256])
-
-        Args:
-            mask: bool ``[nb, mb]``, ``[H, nb, mb]`` or ``[B, H, nb, mb]`` (B or H may be 1; H divides the heads).
-            block: side of a block, or (block_q, block_k).
-            n, m: queries and keys (default: all blocks full); the last block may be cut short.
-            rule: what also holds inside the blocks.
-        """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3, 4):
-            was = shape_of(mask) if isinstance(mask, Tensor) else type(mask).__name__
-            raise InputError("mask", was, "a bool tensor [nb, mb], [H, nb, mb] or [B, H, nb, mb]")
-        block_q, block_k = _block(block)
-        rows, columns = mask.shape[-2:]
-        n = _cut("n", n, rows, block_q)
-        m = _cut("m", m, columns, block_k)
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-        counts, index = lists.compact(mask, int(mask.sum(-1).max()) if mask.shape[:-1].numel() else 0)
-        return Layout(n, m, rule, block_q, block_k, index.contiguous(), counts)
-
-    @staticmethod
-    def from_predicate(
-        f: lists.Predicate, n: int, m: int | None = None, block: int | tuple[int, int] = 64, *, device: torch.device | str | None = None
-    ) -> Layout:
-        """Evaluates f(i, j) on query indices ``[rows, 1]`` and key indices ``[m]``, now, and keeps block lists and bitmaps.
-
-        >>> Layout.from_predicate(lambda i, j: (i - j).abs() % 7 == 0, 1000)
-
-        f gives bool ``[rows, m]``, ``[H, rows, m]`` or ``[B, H, rows, m]``. The time is that of n · m pairs, the memory that of the
-        blocks with a seen pair.
-        """
-        m = n if m is None else m
-        _check_sizes(n, m, aligned=False)
-        block_q, block_k = _block(block)
-        index, counts, bits, number = lists.from_predicate(f, n, m, block_q, block_k, torch.device(device) if device else None)
-        return Layout(n, m, EVERYTHING, block_q, block_k, index, counts, bits=bits, bit_index=number)
-
-    @staticmethod
-    def from_blocks(
-        index: Tensor, counts: Tensor, block: int | tuple[int, int], n: int | None = None, m: int | None = None, *,
-        rule: Rule = EVERYTHING,
-    ) -> Layout:  # fmt: skip
-        """Block lists chosen on the device: nothing is read back, here nor in `sparse_attention`.
-
-        Args:
-            index: integers ``[B|1, H|1, nq_blocks, capacity]``, the key blocks of every block of queries, none twice; what stands
-                behind the first counts is ignored.
-            counts: ``[B|1, H|1, nq_blocks]``, how many are meant, at most the capacity.
-            block, n, rule: as in `from_block_mask`.
-            m: keys (default: n).
-        """
-        _check_lists("index", index)
-        if not isinstance(counts, Tensor) or counts.shape != index.shape[:3] or counts.device != index.device:
-            was = shape_of(counts) if isinstance(counts, Tensor) else type(counts).__name__
-            raise InputError("counts", was, f"{list(index.shape[:3])} on {index.device}")
-        block_q, block_k = _block(block)
-        n = _cut("n", n, index.shape[2], block_q)
-        m = n if m is None else m
-        _check_sizes(n, m, aligned=False)
-        slot = torch.arange(index.shape[3], device=index.device)
-        index = index.where(slot < counts[..., None], 0).to(torch.int32).contiguous()
-        return Layout(n, m, rule, block_q, block_k, index, counts.to(torch.int32), dynamic=True)
-
-    @staticmethod
-    def from_indices(index: Tensor, m: int | None = None, *, n: int | None = None, block: int = 1, rule: Rule = EVERYTHING) -> Layout:
-        """Single keys for every query, or for every block of queries: built on the device, nothing is read back.
-
-        Args:
-            index: integers ``[B|1, H|1, n / block, K]``; what lies outside of 0 … m − 1, as −1 does, names no key, and a key named
-                twice counts once.
-            m: keys (default: n).
-            n: queries (default: all blocks full).
-            block: queries that share a list.
-            rule: what also holds.
-        """
-        _check_lists("index", index)
-        _check_int("block", block, 1)
-        n = _cut("n", n, index.shape[2], block)
-        m = n if m is None else m
-        _check_sizes(n, m, aligned=False)
-        keys, counts = lists.from_indices(index, m)
-        return Layout(n, m, rule, block, 1, keys.contiguous(), counts, dynamic=True)
-
-    @staticmethod
-    def from_runs(
-        starts: Tensor, stops: Tensor, m: int | None = None, *, n: int | None = None, block: int | tuple[int, int] = 64,
-        capacity: int | None = None, rule: Rule = EVERYTHING,
-    ) -> Layout:  # fmt: skip
-        """Runs of keys, start … stop − 1, for every block of queries; they may overlap, and empty ones are ignored.
-
-        Args:
-            starts, stops: integers ``[B|1, H|1, nq_blocks, R]``.
-            m, n, rule: as in `from_indices`.
-            block: queries that share a list, and the side of the key blocks that are visited.
-            capacity: key blocks that the runs of one list may touch (those beyond are dropped); None counts them, which on a
-                GPU is a synchronisation.
-        """
-        _check_lists("starts", starts)
-        if not isinstance(stops, Tensor) or stops.shape != starts.shape or stops.device != starts.device:
-            was = shape_of(stops) if isinstance(stops, Tensor) else type(stops).__name__
-            raise InputError("stops", was, f"{list(starts.shape)} on {starts.device}, as starts")
-        block_q, block_k = _block(block)
-        n = _cut("n", n, starts.shape[2], block_q)
-        m = n if m is None else m
-        _check_sizes(n, m, aligned=False)
-        touched = lists.blocks_of_runs(starts, stops, -(-m // block_k), block_k)
-        if capacity is None:
-            most = int(touched.sum(-1).max()) if touched.numel() else 0
-        else:
-            _check_int("capacity", capacity, 0)
-            most = min(capacity, touched.shape[-1])
-        counts, index = lists.compact(touched, most)
-        a, b = (x.to(torch.int32).contiguous() for x in (starts, stops))
-        return Layout(n, m, rule, block_q, block_k, index.contiguous(), counts, starts=a, stops=b, dynamic=capacity is not None)
 
     @staticmethod
     def from_flex(mask: Any) -> Layout:
@@ -513,61 +263,6 @@ def segments(rule: Rule, first: int, last: int, m: int) -> list[tuple[int, int, 
     cuts = sorted({0, m, *(min(max(c, 0), m) for c in rule.cuts(first, last))})
     pieces = [(a, b) for a, b in pairwise(cuts) if rule.touches(first, last, a, b - 1)]
     return [(a, b, bool(rule.covers(first, last, a, b - 1))) for a, b in pieces]
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(name, repr(value), f"an integer of at least {least}")
-
-
-def _check_sizes(n: int, m: int, *, aligned: bool = True) -> None:
-    _check_int("n", n, 0)
-    _check_int("m", m, 0)
-    if aligned and m < n:
-        raise InputError("m", m, f"at least n, {n}: positions align at the end")
-
-
-def _cut(name: str, given: int | None, blocks: int, side: int) -> int:
-    """The number of tokens that `blocks` blocks hold: all, or `given`, which must end in the last block."""
-    if given is None:
-        return blocks * side
-    _check_int(name, given, 0)
-    if -(-given // side) != blocks:
-        raise InputError(name, given, f"a number that fills {blocks} blocks of {side}: {max(0, (blocks - 1) * side + 1)} … {blocks * side}")
-    return given
-
-
-def _block(block: int | tuple[int, int]) -> tuple[int, int]:
-    block_q, block_k = block if isinstance(block, tuple) else (block, block)
-    _check_int("block", block_q, 1)
-    _check_int("block", block_k, 1)
-    return block_q, block_k
-
-
-def _side(block: int) -> int:
-    """Queries of a tile: whole blocks of the rule, about 64."""
-    return block * max(1, 64 // block) if block <= 128 else 64
-
-
-def _axes(name: str, value: Any, axes: int) -> tuple[int, ...]:
-    """A positive integer for each axis; a single number stands for all of them."""
-    given = (value,) * max(axes, 1) if isinstance(value, int) else tuple(value) if isinstance(value, tuple | list) else ()
-    good = all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in given)
-    if not good or (len(given) != axes if axes else not 1 <= len(given) <= 3):
-        raise InputError(name, repr(value), f"positive integers, {axes if axes else 'one to three'} of them")
-    return given
-
-
-def _on_grid(grid: tuple[int, ...], rule: Rule) -> Layout:
-    n, side = math.prod(grid), grid[-1]
-    # whole lines, so that a tile's keys are few long runs
-    return Layout(n, n, rule, side * max(1, 64 // side) if side <= 128 else 64, 64)
-
-
-def _check_lists(name: str, x: object) -> None:
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        was = shape_of(x) if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(name, was, "integers [B or 1, H or 1, blocks of queries, capacity]")
 
 
 def _parts(of: str, layouts: Sequence[Layout]) -> Layout:

@@ -39,7 +39,7 @@ class ByList(Fields):
         n = cut_short("n", n, rows, block_q)
         m = cut_short("m", m, columns, block_k)
         mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-        counts, index = lists.compact(mask, int(mask.sum(-1).max()) if mask.shape[:-1].numel() else 0)
+        counts, index = lists.compact_read(mask)
         return cls(n, m, rule, block_q, block_k, index.contiguous(), counts)
 
     @classmethod

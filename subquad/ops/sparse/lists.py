@@ -28,6 +28,17 @@ def compact(kept: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return kept.sum(-1, dtype=torch.int32).clamp(max=capacity), columns.to(torch.int32)
 
 
+def compact_read(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """`compact` with the longest list as the capacity, which is read on the host: one pass over the mask, no sort."""
+    flat = kept.flatten(0, -2)
+    row, column = flat.nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=flat.shape[0])
+    slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    index = torch.zeros(flat.shape[0], int(counts.max()) if counts.numel() else 0, dtype=torch.int32, device=kept.device)
+    index[row, slot] = column.int()
+    return counts.int().view(kept.shape[:-1]), index.view(*kept.shape[:-1], index.shape[1])
+
+
 def pack(mask: Tensor) -> Tensor:
     """Booleans ``[…, K]`` as int32 ``[…, ⌈K / 32⌉]``."""
     mask = F.pad(mask, (0, -mask.shape[-1] % WORD)).unflatten(-1, (-1, WORD))
@@ -44,7 +55,7 @@ def from_predicate(f: Predicate, n: int, m: int, block_q: int, block_k: int, dev
     """Evaluates f some query blocks at a time; only lists and the bitmaps of partial blocks remain."""
     q_blocks, k_blocks = -(-n // block_q), -(-m // block_k)
     step = max(1, AT_ONCE // max(1, block_q * m))
-    pieces: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    pieces: list[tuple[Tensor, Tensor, Tensor]] = []
     patterns = torch.zeros(0, block_q, -(-block_k // WORD), dtype=torch.int32, device=device)
     j = torch.arange(m, device=device)
     for row in range(0, q_blocks, step):
@@ -58,15 +69,19 @@ def from_predicate(f: Predicate, n: int, m: int, block_q: int, block_k: int, dev
         patterns, of = torch.cat([patterns.to(some.device), pack(blocks[partial])]).unique(dim=0, return_inverse=True)
         old = len(of) - int(partial.sum())
         # earlier pieces name their bitmaps by the old order
-        pieces = [(a, b, c.where(c < 0, of[:old].int()[c.clamp(min=0).long()] if old else c), d) for a, b, c, d in pieces]
+        pieces = [(a, b, c.where(c < 0, of[:old].int()[c.clamp(min=0).long()] if old else c)) for a, b, c in pieces]
         number[partial] = of[old:].int()
-        counts, index = compact(some, max(1, int(some.sum(-1).max())))
-        pieces.append((index, counts, number.gather(-1, index.long()), some))
+        counts, index = compact_read(some)
+        kept = torch.arange(index.shape[-1], device=index.device) < counts[..., None]
+        pieces.append((index, counts, number.gather(-1, index.long()).where(kept, -1)))
     if not pieces:
         empty = torch.zeros(1, 1, 0, 0, dtype=torch.int32, device=device)
         return empty, empty[..., 0], patterns, empty
     capacity = max(piece[0].shape[-1] for piece in pieces)
-    index, number = (torch.cat([F.pad(piece[x], (0, capacity - piece[x].shape[-1])) for piece in pieces], 2) for x in (0, 2))
+    index, number = (
+        torch.cat([F.pad(piece[x], (0, capacity - piece[x].shape[-1]), value=empty) for piece in pieces], 2)
+        for x, empty in ((0, 0), (2, -1))
+    )
     return index.contiguous(), torch.cat([piece[1] for piece in pieces], 2), patterns, number.contiguous()
 
 
@@ -118,6 +133,7 @@ __all__ = [
     "bitmaps",
     "blocks_of_runs",
     "compact",
+    "compact_read",
     "from_indices",
     "from_predicate",
     "in_runs",

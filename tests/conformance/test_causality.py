@@ -43,4 +43,5 @@ def test_bidirectional_sees_the_future(case):
     changed = {**x, "v": x["v"].clone()}
     changed["v"][:, -1] += 1
     moved = (case.run(module, x) - case.run(module, changed)).abs().amax((0, 2, 3))
-    assert moved[-8:].min() > 1e-8, "the last token is not seen by the tokens just before it"
+    near = 2 if case.card.family == "sparse" else 8  # a window on a grid ends a few columns off
+    assert moved[-near:].min() > 1e-8, "the last token is not seen by the tokens just before it"

@@ -17,6 +17,7 @@ from subquad.ops.sparse.bias import Bias, RelativeBias, check_bias
 from subquad.ops.sparse.chunked import sparse_attention_chunked
 from subquad.ops.sparse.direct import FEW, sparse_attention_direct
 from subquad.ops.sparse.layout import Layout
+from subquad.ops.sparse.parts import by_parts
 from subquad.ops.sparse.reference import sparse_attention_reference
 
 __all__ = ["Bias", "Layout", "RelativeBias", "sparse_attention", "sparse_attention_reference"]
@@ -70,6 +71,11 @@ def sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     stats = return_lse or return_max
     # the one place that chooses a path
+    if layout.parts:
+        return by_parts(
+            sparse_attention, q, k, v, layout, heads, bias=bias, key_bias=key_bias, q_pos=q_pos, k_pos=k_pos, scale=scale,
+            softcap=softcap, return_lse=return_lse, return_max=return_max, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
     plain = bias is None and key_bias is None and softcap is None and cu_seqlens is None and layout.index is None
     if plain and 0 < q.shape[1] <= FEW and q.shape[2] == heads and k.shape[2] == v.shape[2]:
         o, lse, top = sparse_attention_direct(q, k, v, layout, q_pos=q_pos, k_pos=k_pos, scale=scale, stats=stats)
@@ -91,12 +97,11 @@ def _check(
         raise InputError("layout", type(layout).__name__, "a Layout")
     if (layout.n, layout.m) != (n, m):
         raise InputError("layout", f"{layout.n} queries and {layout.m} keys", f"{n} queries and {m} keys, as q and k have")
-    if layout.index is not None:
-        rows, lists = layout.index.shape[:2]
-        if rows not in (1, batch) or heads % lists:
-            raise InputError("layout", f"lists for {rows} batch rows and {lists} heads", f"1 or {batch} rows, a divisor of {heads} heads")
-        if layout.index.device != q.device:
-            raise InputError("layout", f"lists on {layout.index.device}", f"the device of q, {q.device}")
+    rows, lists = layout.rows, layout.heads
+    if (rows not in (1, batch) and batch) or heads % lists:
+        raise InputError("layout", f"lists for {rows} batch rows and {lists} heads", f"1 or {batch} rows, a divisor of {heads} heads")
+    if layout.device is not None and layout.device != q.device:
+        raise InputError("layout", f"lists on {layout.device}", f"the device of q, {q.device}")
     for name, x, tokens in (("q_pos", q_pos, n), ("k_pos", k_pos, m)):
         if x is None:
             continue

@@ -8,37 +8,60 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What every rule answers; its fields are integers or tuples of integers."""
+
+    @property
+    def words(self) -> str:
+        """The rule in words: what a query sees."""
+
+    def allowed(self, q: Any, k: Any) -> Any:
+        """Whether a query at position q sees a key at position k."""
+
+    def touches(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        """Whether some query of q0 … q1 may see some key of k0 … k1 (True where unsure)."""
+
+    def covers(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        """Whether every query of q0 … q1 sees every key of k0 … k1 (False where unsure)."""
+
+    def cuts(self, q0: int, q1: int) -> tuple[int, ...]:
+        """Key positions at which what the queries q0 … q1 see may begin or end: work is planned between them."""
+
+    def pattern(self, q0: int, k0: int, k1: int) -> Hashable:
+        """What the picture of a piece depends on, beside its size: pieces of equal pattern share one mask; None: with none."""
 
 
 @dataclass(frozen=True)
 class Everything:
     """Every query sees every key."""
 
+    words = "every key"
+
     def allowed(self, q: Any, k: Any) -> Any:
-        """Whether a query at position q sees a key at position k."""
         return (q == q) & (k == k)
 
     def touches(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        """Whether some query of q0 … q1 may see some key of k0 … k1 (True where unsure)."""
         return (q0 <= q1) & (k0 <= k1)
 
     def covers(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        """Whether every query of q0 … q1 sees every key of k0 … k1 (False where unsure)."""
-        return True
+        return (q0 == q0) & (k0 == k0)
 
     def cuts(self, q0: int, q1: int) -> tuple[int, ...]:
-        """Key positions between which `touches` and `covers` are exact for the queries q0 … q1."""
         return ()
 
     def pattern(self, q0: int, k0: int, k1: int) -> Hashable:
-        """What the picture of a piece depends on, beside its size: pieces of equal pattern share one mask."""
         return None
 
 
 @dataclass(frozen=True)
 class Causal:
     """A query sees the keys up to its own position."""
+
+    words = "the keys up to its own position"
 
     def allowed(self, q: Any, k: Any) -> Any:
         return k <= q
@@ -63,6 +86,10 @@ class Window:
     size: int
     sinks: int = 0
 
+    @property
+    def words(self) -> str:
+        return f"the last {self.size} keys up to its own position" + (f" and the first {self.sinks}" if self.sinks else "")
+
     def allowed(self, q: Any, k: Any) -> Any:
         return (k <= q) & ((k > q - self.size) | (k < self.sinks))
 
@@ -85,6 +112,10 @@ class Terrace:
 
     size: int
 
+    @property
+    def words(self) -> str:
+        return f"its own block of {self.size} positions and the one before, up to its own position"
+
     def allowed(self, q: Any, k: Any) -> Any:
         return (k <= q) & (k >= self._start(q))
 
@@ -104,5 +135,4 @@ class Terrace:
         return (q // self.size - 1) * self.size
 
 
-Rule = Everything | Causal | Window | Terrace
 EVERYTHING = Everything()

@@ -20,6 +20,7 @@ from subquad.ops.sparse.rules import EVERYTHING
 
 # scores of a tile: few enough on a CPU to stay in cache, many enough on a GPU to fill it
 BUDGET = {"cpu": 1 << 20, "cuda": 1 << 26}
+MASKS = 256  # masks of partial pieces kept for pieces that look alike
 WASTE = 0.75  # block lists share a tile while the shortest has this share of the longest's blocks
 
 
@@ -187,11 +188,14 @@ def _tiles_by_index(p: Problem, start: int, stop: int, keys: tuple[int, int]) ->
 
 def _partial(p: Problem, first: int, last: int, a: int, b: int) -> Tensor:
     """The mask ``[queries, 1, keys]`` of a partial piece; pieces that look alike share it."""
-    key = (last - first, b - a, p.layout.rule.pattern(first, a, b - 1))
-    if key not in p._masks:
-        seen = p.layout.rule.allowed(p.arange(first, last + 1)[:, None], p.arange(a, b))
-        p._masks[key] = p.additive(seen)[:, None]
-    return p._masks[key]
+    pattern = p.layout.rule.pattern(first, a, b - 1)
+    key = (last - first, b - a, pattern)
+    if pattern is not None and key in p._masks:
+        return p._masks[key]
+    mask = p.additive(p.layout.rule.allowed(p.arange(first, last + 1)[:, None], p.arange(a, b)))[:, None]
+    if pattern is not None and len(p._masks) < MASKS:
+        p._masks[key] = mask
+    return mask
 
 
 def _by_units(p: Problem, rows: slice, runs: list[slice], masks: list[tuple[slice, Tensor]], width: int) -> Iterator[Tile]:
@@ -262,11 +266,12 @@ def _range(low: Tensor, high: Tensor, block: int) -> tuple[Tensor, Tensor]:
 class ListTile(Tile):
     """Some rows (unit, query block) with lists of like length; their key blocks are gathered."""
 
-    def __init__(self, problem: Problem, rows: Tensor, blocks: Tensor, kept: Tensor) -> None:
+    def __init__(self, problem: Problem, rows: Tensor, blocks: Tensor, kept: Tensor, at: tuple[Tensor, Tensor, Tensor]) -> None:
         p, layout = problem, problem.layout
-        self.problem, self.row_ids = problem, rows
+        self.problem, self.row_ids, self.at = problem, rows, at
         self.units = self.unit_index = rows // layout.q_blocks
-        blocks, kept, clear = self._whole_first(blocks, kept)
+        slots = p.arange(0, blocks.shape[1]).expand_as(blocks)
+        blocks, kept, slots, clear = self._whole_first(blocks, kept, slots)
         k_unit = self.unit_index // p.groups * p.k_groups + self.unit_index % p.groups * p.k_groups // p.groups
         self.block_ids = k_unit[:, None] * layout.k_blocks + blocks
         q = (rows % layout.q_blocks)[:, None] * layout.block_q + p.arange(0, layout.block_q)
@@ -274,30 +279,34 @@ class ListTile(Tile):
         seen = kept.repeat_interleave(layout.block_k, 1) & (k < layout.m)
         self.q_index, self.k_index = q.clamp(max=layout.n - 1), k.clamp(max=layout.m - 1)
         columns = slice(clear * layout.block_k, k.shape[1])
-        self.masks = [(columns, p.additive(self._seen(seen[:, columns], self.k_index[:, columns])))]
+        named = layout.listed(at, blocks[:, clear:], slots[:, clear:])
+        self.masks = [(columns, p.additive(self._seen(seen[:, columns], self.k_index[:, columns], named)))]
 
-    def _whole_first(self, blocks: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _whole_first(self, blocks: Tensor, kept: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         """The lists with the blocks that need no mask in front, and how many such every row has."""
         p, layout = self.problem, self.problem.layout
-        if p.q_pos is not None or p.k_pos is not None or p.sequences is not None or torch.compiler.is_compiling():
-            return blocks, kept, 0
+        moved = p.q_pos is not None or p.k_pos is not None or p.sequences is not None
+        if moved or layout.dynamic or torch.compiler.is_compiling():  # how many there are cannot be known, or not be read
+            return blocks, kept, slots, 0
         q0 = (self.row_ids % layout.q_blocks)[:, None] * layout.block_q + (layout.m - layout.n)
         k0 = blocks * layout.block_k
         whole = kept & (k0 + layout.block_k <= layout.m)
-        whole = whole & layout.rule.covers(q0, q0 + layout.block_q - 1, k0, k0 + layout.block_k - 1)
+        whole = whole & layout.inner.covers(q0, q0 + layout.block_q - 1, k0, k0 + layout.block_k - 1)
+        shown = layout.whole(self.at, blocks, slots)
+        whole = whole if shown is None else whole & shown
         order = whole.byte().sort(dim=1, descending=True, stable=True).indices
-        return blocks.gather(1, order), kept.gather(1, order), int(whole.sum(1).min())
+        return blocks.gather(1, order), kept.gather(1, order), slots.gather(1, order), int(whole.sum(1).min())
 
-    def _seen(self, seen: Tensor, k_index: Tensor) -> Tensor:
+    def _seen(self, seen: Tensor, k_index: Tensor, named: Tensor | None) -> Tensor:
         """``[units, queries or 1, 1, keys]``."""
         p = self.problem
         k_pos = self.positions(p.k_pos, k_index, 0)
         if p.k_pos is not None:
             seen = seen & (k_pos >= 0)
         q_pos = self.positions(p.q_pos, self.q_index, p.layout.m - p.layout.n)
-        pairs = seen[:, None, :]
-        if p.layout.rule != EVERYTHING:
-            pairs = pairs & p.layout.rule.allowed(q_pos[:, :, None], k_pos[:, None, :])
+        pairs = seen[:, None, :] if named is None else seen[:, None, :] & named
+        if p.layout.inner != EVERYTHING:
+            pairs = pairs & p.layout.inner.allowed(q_pos[:, :, None], k_pos[:, None, :])
         if p.sequences is not None:
             ends = torch.tensor(p.sequences[1:], device=p.device)
             of_q, of_k = (torch.bucketize(x, ends, right=True) for x in (self.q_index, k_index))
@@ -329,13 +338,13 @@ def list_tiles(p: Problem) -> Iterator[Tile]:
         batch = (unit // p.groups).clamp(max=index.shape[0] - 1)
         head = unit % p.groups * index.shape[1] // p.groups
         at = (batch, head, block)
-        yield ListTile(p, rows, index[at][:, :cap].long(), p.arange(0, cap) < counts[at][:, None])
+        yield ListTile(p, rows, index[at][:, :cap].long(), p.arange(0, cap) < counts[at][:, None], at)
 
 
 def _row_groups(p: Problem, capacity: int, rows_per: int) -> Iterator[tuple[Tensor, int]]:
     """(rows, the longest list among them), each within the budget."""
     layout, total = p.layout, p.units * p.layout.q_blocks
-    if torch.compiler.is_compiling():  # lengths cannot be read: every list is taken as full
+    if layout.dynamic or torch.compiler.is_compiling():  # lengths are not read: every list is taken as full
         step = max(1, p.budget // max(1, rows_per * capacity))
         yield from ((p.arange(a, min(a + step, total)), capacity) for a in range(0, total, step) if capacity)
         return

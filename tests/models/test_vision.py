@@ -483,3 +483,12 @@ def test_every_patch_sees_the_last_one_whatever_the_mechanism(mechanism):
         *(x.flatten(1, 2)[:, :, None],) * 3, grid=(8, 8)
     )
     assert (change[0, 0].abs() > 0).any(), "the first patch does not see the last"
+
+
+def test_a_checkpoint_of_the_data_parallel_wrapper_is_the_same_one(tmp_path):
+    w = released_weights()
+    torch.save(w, tmp_path / "plain.pth")
+    torch.save({"state_dict": {f"module.{name}": t for name, t in w.items()}}, tmp_path / "wrapped.pth")
+    name = next(iter(MECHANISMS))
+    plain, wrapped = (load_released(small(name), tmp_path / f"{kind}.pth").state_dict() for kind in ("plain", "wrapped"))
+    assert all(torch.equal(plain[key], wrapped[key]) for key in plain)

@@ -408,3 +408,11 @@ def test_moments_that_do_not_merge():
     turned = gather_moments(None, v, key_logits=k, rotary=ROTARY)
     with pytest.raises(InputError, match="per channel"):
         turned.merge(turned)
+
+
+def test_weights_of_zero_have_no_gradient():
+    q, k, v = qkv()
+    weights = torch.zeros(2, 37, 2, dtype=torch.float64, requires_grad=True)
+    o = moment_attention(q, k, v, feature_map="elu1", key_weights=weights)
+    (gradient,) = torch.autograd.grad(o.sum(), weights)
+    assert (o == 0).all() and (gradient == 0).all()

@@ -156,7 +156,7 @@ def _first(names: list[str]) -> str:
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a .pth or .safetensors file, of which nothing else is executed; they may stand under "model"."""
+    """The tensors of a .pth or .safetensors file, of which nothing else is executed; they may stand under "model" or "state_dict"."""
     if not path.is_file():
         raise InputError("path", f"{path}, which is not a file", "a .pth or .safetensors file")
     held: Any
@@ -169,7 +169,10 @@ def read_checkpoint(path: Path) -> Mapping[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError("path", f"{path}, which cannot be read ({reason})", "a whole file of tensors") from None
-    held = held.get("model", held) if isinstance(held, Mapping) else held
+    for key in ("model", "state_dict"):
+        held = held.get(key, held) if isinstance(held, Mapping) else held
+    if isinstance(held, Mapping) and held and all(isinstance(n, str) and n.startswith("module.") for n in held):
+        held = {n.removeprefix("module."): x for n, x in held.items()}  # saved from torch's data-parallel wrapper
     if not isinstance(held, Mapping) or not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in held.items()):
         raise InputError("path", f"{path}, which holds {type(held).__name__}", 'a state dict of tensors, or one under "model"')
     return held

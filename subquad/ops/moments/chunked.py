@@ -222,7 +222,7 @@ def prepare(moments: Moments, reduce_by: str) -> Tokens:
     """M, z and the sum of v, each divided by Σw (mean) or times exp(logit_max) (sum), and whether a row sees any key."""
     weight = moments.weight
     none = weight == 0
-    factor = 1 / weight.masked_fill(none, 1) if reduce_by == "mean" else finite(moments.logit_max).exp()
+    factor = (1 / weight.masked_fill(none, 1)).masked_fill(none, 0) if reduce_by == "mean" else finite(moments.logit_max).exp()
     scaled = moments.scaled(factor)
     seen = (~none).any(-1) if moments.per_channel else ~none
     ready = {"M": scaled.M, "z": scaled.z, "seen": seen}

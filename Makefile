@@ -25,12 +25,12 @@ test: .venv/.ready  ## all tests but the slow ones
 test-slow: .venv/.ready  ## the slow tests
 	@$(PYTEST) -n $(WORKERS) -m slow
 
-check: .venv/.ready  ## format, lint, types and the fast tests: before each commit
+check: .venv/.ready  ## format, lint, types and the fast tests, without the interpreted kernels: before each commit
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 	@$(PY) docs/readme.py --check
-	@$(PYTEST) -n $(WORKERS) -m "not slow" tests/ops tests/test_contract.py tests/test_package.py tests/test_docs.py
+	@$(PYTEST) -n $(WORKERS) -m "not slow" --ignore-glob="*_kernels.py" tests/ops tests/test_contract.py tests/test_package.py tests/test_docs.py
 
 format: .venv/.ready  ## rewrite the code in the project's format
 	@$(PY) -m ruff check --fix .

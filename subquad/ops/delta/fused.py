@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.ops.common import expand_heads, traced
+from subquad.ops.common import by_rows, expand_heads, traced
 from subquad.ops.delta.launch import inverse, inverse_shape, mirror, solve
 from subquad.ops.launch import INTERPRETED
 from subquad.ops.launcher import eager
-from subquad.ops.linear.launch import by_rows, first_of_group, gate_gradient, linear_pass, prepare, sums_like
+from subquad.ops.linear.launch import first_of_group, gate_gradient, linear_pass, prepare, sums_like
 
 
 def forward(

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.common import CHUNK, cdiv, padded
+from subquad.ops.common import CHUNK, by_rows, cdiv, padded
 from subquad.ops.launcher import launcher
-from subquad.ops.linear.launch import Decays, by_rows, chunks, count_sequences, slots
+from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots
 from subquad.ops.linear.pairs import pairs_backward_kernel, pairs_kernel
 from subquad.ops.linear.weigh import unweigh_kernel, weigh_kernel
 

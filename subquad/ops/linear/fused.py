@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.ops.common import reduce_heads, traced
+from subquad.ops.common import by_rows, reduce_heads, traced
 from subquad.ops.launch import INTERPRETED
 from subquad.ops.launcher import eager
 from subquad.ops.linear.channel import Weighed, pairs, pairs_backward, unweigh, weigh, weighed_like
-from subquad.ops.linear.launch import by_rows, gate_gradient, linear_pass, prepare, sums_like
+from subquad.ops.linear.launch import gate_gradient, linear_pass, prepare, sums_like
 
 
 def forward(

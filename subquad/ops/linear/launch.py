@@ -203,11 +203,6 @@ def gate_gradient(dq: Tensor, dk: Tensor, at_end: Tensor | None, cu: Tensor | No
     return dg
 
 
-def by_rows(x: Tensor) -> Tensor:
-    """x, as the kernels read it: by strides, with neighbouring channels side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def chunks(tokens: int, cu: Tensor | None) -> int:
     """Programs that find all chunks of a row of the batch: one for each, or where sequences are packed for each slot."""
     return cdiv(tokens, CHUNK) if cu is None else slots(tokens, cu.shape[0] - 1, cu)

@@ -20,7 +20,7 @@ from subquad.checks import InputError, check_cu_seqlens, compute_dtype, nearest,
 from subquad.ops.common import full_precision, kernels_serve, traced
 from subquad.ops.feature_maps import FeatureMap, feature_map
 from subquad.ops.moments import chunked
-from subquad.ops.moments.moments import Moments
+from subquad.ops.moments.moments import KERNEL_MAPS, TWO_SIGNS, Moments
 from subquad.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -189,9 +189,6 @@ def mean_features(x: Tensor, feature_map: Map = None, *, cu_seqlens: Tensor | No
 
 
 # ---- the choice of path ----------------------------------------------------------------------------------------------
-
-KERNEL_MAPS = (None, "identity", "elu1", "relu", "exp", "silu", "sign_cube", "norm_power")
-TWO_SIGNS = ("sign_cube", "norm_power")
 
 
 def _kernels_serve(

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from subquad.checks import InputError, shape_of
-from subquad.ops.common import full_precision, reduce_heads, traced
+from subquad.ops.common import by_rows, full_precision, reduce_heads, traced
 from subquad.ops.launcher import eager
-from subquad.ops.linear.launch import by_rows
-from subquad.ops.moments.launch import TWO_SIGNS, How, Sizes, Tensors, head_count, plan
-from subquad.ops.moments.moments import Moments
+from subquad.ops.moments.launch import How, Sizes, Tensors, head_count, plan
+from subquad.ops.moments.moments import TWO_SIGNS, Moments
 from subquad.rotary import Rotary
 
 Optional = Tensor | None  # in signatures of operators

@@ -12,10 +12,10 @@ from subquad.ops.common import cdiv, padded
 from subquad.ops.launch import INTERPRETED, bits_of, processors, remembered
 from subquad.ops.launcher import Grid, Launcher, launcher
 from subquad.ops.moments import backward, blocks, kernels
+from subquad.ops.moments.moments import KERNEL_MAPS, TWO_SIGNS
 from subquad.ops.moments.rows import row
 
-MAPS = {name: getattr(blocks, name.upper()).value for name in ("identity", "elu1", "relu", "exp", "silu", "sign_cube", "norm_power")}
-TWO_SIGNS = "sign_cube", "norm_power"
+MAPS = {name: getattr(blocks, name.upper()).value for name in KERNEL_MAPS}
 NORMALS = {name: getattr(blocks, name.upper()).value for name in ("divide", "floored", "magnitude", "subtract", "none")}
 BLOCK = 1024  # numbers of a record that one program combines
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from subquad.checks import InputError, shape_of
 
+KERNEL_MAPS = ("identity", "elu1", "relu", "exp", "silu", "sign_cube", "norm_power")  # feature maps that the Triton kernels know
+TWO_SIGNS = ("sign_cube", "norm_power")  # those with a copy of the channels for each sign
+
 
 @dataclass(frozen=True)
 class Moments:

@@ -40,7 +40,7 @@ def test_files_folders_and_compressed_files_are_read_in_order(tmp_path):
         ("gone.txt", None, "exists"),
         ("binary.txt", b"abc\xff\xfe", "byte 3"),
         ("cut.xz", lzma.compress(b"text" * 1000)[:40], "undamaged"),
-        ("cut.gz", gzip.compress(b"text" * 1000)[:20], "undamaged"),
+        ("cut.gz", gzip.compress(b"text" * 1000, mtime=0)[:20], "undamaged"),
         ("empty.txt", b" \n", "text in it"),
     ],
 )

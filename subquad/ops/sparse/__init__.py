@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subquad.checks import InputError, check_cu_seqlens, check_qkv, shape_of
-from subquad.ops.common import full_precision
+from subquad.ops.common import full_precision, kernels_serve
 from subquad.ops.sparse.bias import Bias, RelativeBias, check_bias
 from subquad.ops.sparse.chunked import sparse_attention_chunked
 from subquad.ops.sparse.direct import FEW, sparse_attention_direct
@@ -79,6 +79,13 @@ def sparse_attention(
     plain = bias is None and key_bias is None and softcap is None and cu_seqlens is None and layout.index is None
     if plain and 0 < q.shape[1] <= FEW and q.shape[2] == heads and k.shape[2] == v.shape[2]:
         o, lse, top = sparse_attention_direct(q, k, v, layout, q_pos=q_pos, k_pos=k_pos, scale=scale, stats=stats)
+    elif _kernels_serve(q, k, v, layout, bias, softcap, return_max):
+        from subquad.ops.sparse.fused import sparse_attention_fused
+
+        o, lse, top = sparse_attention_fused(
+            q, k, v, layout, bias=bias, key_bias=key_bias, q_pos=q_pos, k_pos=k_pos, scale=scale, softcap=softcap,
+            cu_seqlens=cu_seqlens, stats=return_max,
+        )  # fmt: skip
     else:
         o, lse, top = sparse_attention_chunked(
             q, k, v, layout, bias=bias, key_bias=key_bias, q_pos=q_pos, k_pos=k_pos,
@@ -86,6 +93,18 @@ def sparse_attention(
         )  # fmt: skip
     extra = [x for x, wanted in ((lse, return_lse), (top, return_max)) if wanted]
     return (o, *extra) if extra else o
+
+
+def _kernels_serve(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Bias | None, softcap: float | None, return_max: bool) -> bool:
+    """Whether the Triton kernels have all of this call: they give no gradient of the maximum."""
+    if not q.dtype == k.dtype == v.dtype or not kernels_serve(q, q.shape[3], v.shape[3]):
+        return False
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k))
+    if return_max and learns:
+        return False
+    from subquad.ops.sparse.fused import serves
+
+    return serves(layout, bias, softcap)
 
 
 def _check(

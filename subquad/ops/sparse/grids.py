@@ -15,6 +15,8 @@ from operator import and_
 from typing import Any
 
 Range = tuple[Any, Any]  # first and last coordinate
+Box = list[Range]  # one an axis
+Coordinates = list[Any]
 
 
 def least(a: Any, b: Any) -> Any:
@@ -31,9 +33,9 @@ def unravel(grid: tuple[int, ...], p: Any) -> list[Any]:
     return [p // s if axis == 0 else p // s % size for axis, (s, size) in enumerate(zip(strides, grid))]
 
 
-def box(grid: tuple[int, ...], p0: Any, p1: Any) -> list[Range]:
+def box(grid: tuple[int, ...], p0: Any, p1: Any) -> Box:
     """The smallest box that surely encloses the positions p0 … p1."""
-    ranges: list[Range] = []
+    ranges: Box = []
     for axis, size in enumerate(grid):
         inner = prod(grid[axis + 1 :])
         same = p0 // (inner * size) == p1 // (inner * size)
@@ -89,8 +91,11 @@ class Neighborhood:
         return ", ".join([f"the {shape} nearest positions on the grid {sides}", *extra])
 
     def allowed(self, q: Any, k: Any) -> Any:
+        return self.seen(unravel(self.grid, q), unravel(self.grid, k))
+
+    def seen(self, q: Coordinates, k: Coordinates) -> Any:
         found = []
-        for axis, (i, j) in enumerate(zip(unravel(self.grid, q), unravel(self.grid, k))):
+        for axis, (i, j) in enumerate(zip(q, k)):
             d = self.dilation[axis]
             first, last = self._along(axis, i // d, (self.grid[axis] - i % d + d - 1) // d)
             seen = (j >= i % d + d * first) & (j <= i % d + d * last)
@@ -98,16 +103,25 @@ class Neighborhood:
         return reduce(and_, found)
 
     def touches(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        pairs = zip(self._outer(q0, q1), box(self.grid, k0, k1))
-        return reduce(and_, ((a <= d) & (b >= c) for (a, b), (c, d) in pairs)) & (q0 <= q1) & (k0 <= k1)
+        return self.touches_box(box(self.grid, q0, q1), box(self.grid, k0, k1)) & (q0 <= q1) & (k0 <= k1)
+
+    def touches_box(self, q: Box, k: Box) -> Any:
+        return reduce(and_, ((a <= d) & (b >= c) for (a, b), (c, d) in zip(self._outer(q), k)))
 
     def covers(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        pairs = zip(self._inner(q0, q1), box(self.grid, k0, k1))
-        return reduce(and_, ((a <= c) & (b >= d) for (a, b), (c, d) in pairs))
+        return self.covers_box(box(self.grid, q0, q1), box(self.grid, k0, k1))
+
+    def covers_box(self, q: Box, k: Box) -> Any:
+        return reduce(and_, ((a <= c) & (b >= d) for (a, b), (c, d) in zip(self._inner(q), k)))
+
+    def span(self, axis: int) -> int:
+        """Keys from the first to the last that a query sees on an axis."""
+        return (self.window[axis] - 1) * self.dilation[axis] + 1
 
     def cuts(self, q0: int, q1: int) -> tuple[int, ...]:
-        inner = runs(self.grid, self._inner(q0, q1)) if len(self.grid) == 1 else []
-        return tuple(cuts_of(self.grid, runs(self.grid, self._outer(q0, q1)) + inner))
+        q = box(self.grid, q0, q1)
+        inner = runs(self.grid, self._inner(q)) if len(self.grid) == 1 else []
+        return tuple(cuts_of(self.grid, runs(self.grid, self._outer(q)) + inner))
 
     def pattern(self, q0: int, k0: int, k1: int) -> Hashable:
         return None
@@ -122,10 +136,10 @@ class Neighborhood:
         first = least(most(leader - window // 2, 0), size - window)
         return first, first + window - 1
 
-    def _outer(self, q0: Any, q1: Any) -> list[Range]:
-        """A box that encloses every key that the queries q0 … q1 see."""
-        ranges: list[Range] = []
-        for axis, (x0, x1) in enumerate(box(self.grid, q0, q1)):
+    def _outer(self, q: Box) -> Box:
+        """A box that encloses every key that the queries of a box see."""
+        ranges: Box = []
+        for axis, (x0, x1) in enumerate(q):
             size, d = self.grid[axis], self.dilation[axis]
             # starts and ends never fall with j nor with the length of the class: the least and greatest of both bound all
             first = self._along(axis, x0 // d, size // d)[0]
@@ -133,10 +147,10 @@ class Neighborhood:
             ranges.append((d * first, least(d * last + d - 1, size - 1)))
         return ranges
 
-    def _inner(self, q0: Any, q1: Any) -> list[Range]:
-        """A box of keys that all of the queries q0 … q1 see; empty under dilation."""
-        ranges: list[Range] = []
-        for axis, (x0, x1) in enumerate(box(self.grid, q0, q1)):
+    def _inner(self, q: Box) -> Box:
+        """A box of keys that all of the queries of a box see; empty under dilation."""
+        ranges: Box = []
+        for axis, (x0, x1) in enumerate(q):
             if self.dilation[axis] > 1:
                 ranges.append((x0 - x0 + 1, x0 - x0))
                 continue
@@ -159,17 +173,28 @@ class Circle:
         return f"the keys at a squared distance of at most {self.limit} on the grid {' x '.join(map(str, self.grid))}"
 
     def allowed(self, q: Any, k: Any) -> Any:
-        return sum((i - j) * (i - j) for i, j in zip(unravel(self.grid, q), unravel(self.grid, k))) <= self.limit
+        return self.seen(unravel(self.grid, q), unravel(self.grid, k))
+
+    def seen(self, q: Coordinates, k: Coordinates) -> Any:
+        return sum((i - j) * (i - j) for i, j in zip(q, k)) <= self.limit
 
     def touches(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        pairs = zip(box(self.grid, q0, q1), box(self.grid, k0, k1))
-        gaps = [most(most(c - b, a - d), 0) for (a, b), (c, d) in pairs]
-        return (sum(gap * gap for gap in gaps) <= self.limit) & (q0 <= q1) & (k0 <= k1)
+        return self.touches_box(box(self.grid, q0, q1), box(self.grid, k0, k1)) & (q0 <= q1) & (k0 <= k1)
+
+    def touches_box(self, q: Box, k: Box) -> Any:
+        gaps = [most(most(c - b, a - d), 0) for (a, b), (c, d) in zip(q, k)]
+        return sum(gap * gap for gap in gaps) <= self.limit
 
     def covers(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        pairs = zip(box(self.grid, q0, q1), box(self.grid, k0, k1))
-        gaps = [most(d - a, b - c) for (a, b), (c, d) in pairs]
+        return self.covers_box(box(self.grid, q0, q1), box(self.grid, k0, k1))
+
+    def covers_box(self, q: Box, k: Box) -> Any:
+        gaps = [most(d - a, b - c) for (a, b), (c, d) in zip(q, k)]
         return sum(gap * gap for gap in gaps) <= self.limit
+
+    def span(self, axis: int) -> int:
+        """Keys from the first to the last that a query sees on an axis."""
+        return 2 * isqrt(self.limit) + 1
 
     def cuts(self, q0: int, q1: int) -> tuple[int, ...]:
         reach = isqrt(self.limit)
@@ -180,4 +205,9 @@ class Circle:
         return None
 
 
-__all__ = ["Circle", "Neighborhood", "box", "cuts_of", "least", "most", "runs", "unravel"]
+def grid_of(rule: Any) -> tuple[int, ...] | None:
+    """The grid of a rule that answers for coordinates and boxes too (by `seen`, `touches_box`, `covers_box`, `span`); else None."""
+    return getattr(rule, "grid", None)
+
+
+__all__ = ["Box", "Circle", "Coordinates", "Neighborhood", "box", "cuts_of", "grid_of", "least", "most", "runs", "unravel"]

@@ -11,6 +11,7 @@ from functools import reduce
 from operator import and_, or_
 from typing import Any
 
+from subquad.ops.sparse.grids import Box, Coordinates
 from subquad.ops.sparse.rules import Rule
 
 POWERS = 31  # positions are below 2^31
@@ -178,12 +179,42 @@ class Listed:
 class _Joined:
     rules: tuple[Rule, ...]
 
+    def allowed(self, q: Any, k: Any) -> Any:
+        return self._of_all("allowed", q, k)
+
+    def touches(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        return self._of_all("touches", q0, q1, k0, k1)
+
+    def covers(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        return self._of_all("covers", q0, q1, k0, k1)
+
     def cuts(self, q0: int, q1: int) -> tuple[int, ...]:
         return tuple({c for rule in self.rules for c in rule.cuts(q0, q1)})
 
     def pattern(self, q0: int, k0: int, k1: int) -> Hashable:
         parts = tuple(rule.pattern(q0, k0, k1) for rule in self.rules)
         return None if None in parts else parts
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        """The grid that all of the rules stand on, if they do."""
+        grids = {getattr(rule, "grid", None) for rule in self.rules}
+        return grids.pop() if len(grids) == 1 else None
+
+    def seen(self, q: Coordinates, k: Coordinates) -> Any:
+        return self._of_all("seen", q, k)
+
+    def touches_box(self, q: Box, k: Box) -> Any:
+        return self._of_all("touches_box", q, k)
+
+    def covers_box(self, q: Box, k: Box) -> Any:
+        return self._of_all("covers_box", q, k)
+
+    def span(self, axis: int) -> int:
+        return max(rule.span(axis) for rule in self.rules)  # type: ignore[attr-defined]
+
+    def _of_all(self, name: str, *ranges: Any) -> Any:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -194,14 +225,8 @@ class Union(_Joined):
     def words(self) -> str:
         return "; or ".join(rule.words for rule in self.rules)
 
-    def allowed(self, q: Any, k: Any) -> Any:
-        return reduce(or_, (rule.allowed(q, k) for rule in self.rules))
-
-    def touches(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        return reduce(or_, (rule.touches(q0, q1, k0, k1) for rule in self.rules))
-
-    def covers(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        return reduce(or_, (rule.covers(q0, q1, k0, k1) for rule in self.rules))
+    def _of_all(self, name: str, *ranges: Any) -> Any:
+        return reduce(or_, (getattr(rule, name)(*ranges) for rule in self.rules))
 
 
 @dataclass(frozen=True)
@@ -212,14 +237,8 @@ class Intersection(_Joined):
     def words(self) -> str:
         return "; and of these only ".join(rule.words for rule in self.rules)
 
-    def allowed(self, q: Any, k: Any) -> Any:
-        return reduce(and_, (rule.allowed(q, k) for rule in self.rules))
-
-    def touches(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        return reduce(and_, (rule.touches(q0, q1, k0, k1) for rule in self.rules))
-
-    def covers(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
-        return reduce(and_, (rule.covers(q0, q1, k0, k1) for rule in self.rules))
+    def _of_all(self, name: str, *ranges: Any) -> Any:
+        return reduce(and_, (getattr(rule, name)(*ranges) for rule in self.rules))
 
 
 def join(kind: type[Union] | type[Intersection], *rules: Rule) -> Rule:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
-class Rule(Protocol):
+class Rule(Hashable, Protocol):
     """What every rule answers; its fields are integers or tuples of integers."""
 
     @property

@@ -1,0 +1,194 @@
+"""`sparse_attention` by the Triton kernels, as torch custom operators: traced, exported, captured and differentiated as one node."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.checks import InputError
+from subquad.ops.common import by_rows, reduce_heads, traced
+from subquad.ops.launch import INTERPRETED
+from subquad.ops.launcher import eager
+from subquad.ops.sparse.bias import Bias
+from subquad.ops.sparse.codes import decode, encode, has_code
+from subquad.ops.sparse.launch import How, Inputs, forward_pass, key_pass, query_pass, tile_of
+from subquad.ops.sparse.layout import Layout
+from subquad.ops.sparse.visits import Lists, Tiling, by_call, by_rule, tiling
+
+Optional = Tensor | None
+LEAST = 16  # tokens along a side of a tile, at least
+LEARNED = ("q", "k", "v", "slopes", "key_bias", "q_factor", "k_factor")
+
+
+def serves(layout: Layout, bias: Bias | None, softcap: float | None) -> bool:
+    """Whether the kernels have this layout and this bias."""
+    if layout.parts or not has_code(layout.inner):
+        return False
+    if layout.index is not None and (gcd(layout.block_q, 128) < LEAST or gcd(layout.block_k, 128) < LEAST):
+        return False
+    return bias is None or (isinstance(bias, Tensor) and bias.dim() == 1) or (isinstance(bias, tuple) and bias[0].shape[3] <= 64)
+
+
+def _tiles(kernel: str, x: Inputs, layout: Layout) -> Tiling:
+    """The tiles of a kernel: boxes of a grid where only the rule asks where tokens are."""
+    held = layout.index is not None
+    tile = tile_of(kernel, max(x.q.shape[3], x.v.shape[3]), 8 * x.q.dtype.itemsize, *((layout.block_q, layout.block_k) if held else (0, 0)))
+    return tiling(layout.inner, tile.q, tile.k, not _moved(x, layout) and x.slopes is None)
+
+
+def _moved(x: Inputs, layout: Layout) -> bool:
+    """Whether more than the rule and the sizes says what is visited."""
+    return layout.index is not None or x.q_pos is not None or x.k_pos is not None
+
+
+def _visits(kernel: str, x: Inputs, layout: Layout) -> tuple[Tiling, Lists]:
+    """The tiles of a kernel, and what they visit."""
+    tiles = _tiles(kernel, x, layout)
+    if _moved(x, layout):
+        return tiles, by_call(layout, tiles, x.q_pos, x.k_pos, x.sequence, x.q.device, kernel == "key")
+    return tiles, by_rule(layout.inner, layout.n, layout.m, tiles, x.q.device, kernel == "key")
+
+
+def _read(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, q_pos: Optional,
+    k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional, starts: Optional,
+    stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float,
+) -> tuple[Inputs, Layout, How]:  # fmt: skip
+    """The operator's arguments as the kernels read them."""
+    n, m = q.shape[1], k.shape[1]
+    layout = Layout(
+        n, m, decode(rule), block_q, block_k, index, counts, bits=bits, bit_index=bit_index, starts=starts, stops=stops, dynamic=True
+    )  # fmt: skip
+    sequence = None
+    if cu is not None:
+        i = torch.arange(n, device=q.device)
+        sequence = torch.bucketize(i, cu[1:].to(i), right=True)
+        restarted = (i - cu.to(i)[sequence])[None]
+        q_pos, k_pos = restarted if q_pos is None else q_pos, restarted if k_pos is None else k_pos
+        sequence = sequence.int()
+    starts, stops, q_pos, k_pos = (None if t is None else t.contiguous() for t in (starts, stops, q_pos, k_pos))
+    rows = by_rows(q), by_rows(k), by_rows(v)
+    x = Inputs(*rows, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, q_factor, k_factor)
+    held = index is not None
+    return x, layout, How(layout.inner, block_q if held else 0, block_k if held else 0, scale, softcap)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, q_pos: Optional,
+    k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional, starts: Optional,
+    stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float, stats: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """The operator: o ``[B, N, H, V]``, lse ``[B, N, H]`` and, for `stats`, the maximum. A bias is float32; softcap 0 is none."""
+    rest: Any = (slopes, key_bias, q_factor, k_factor, q_pos, k_pos, cu, index, counts, bits, bit_index, starts, stops, rule)
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        o, lse, kept = forward(q.float(), k.float(), v.float(), *rest, block_q, block_k, scale, softcap, stats)
+        return o.to(q.dtype), lse, kept
+    x, layout, how = _read(q, k, v, *rest, block_q, block_k, scale, softcap)
+    o, lse, top = forward_pass(x, how, *_visits("forward", x, layout), stats)
+    return o, lse, [] if top is None else [top]
+
+
+sparse_op = torch.library.custom_op("subquad::sparse_attention", forward, mutates_args=())
+
+
+@sparse_op.register_fake
+def _(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    shape = (*q.shape[:2], max(q.shape[2], k.shape[2], v.shape[2]))
+    lse = q.new_empty(shape, dtype=torch.float32)
+    return q.new_empty(*shape, v.shape[3]), lse, [torch.empty_like(lse)] if rest[-1] else []
+
+
+def backward(
+    do: Tensor, d_lse: Optional, o: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, q_pos: Optional,
+    k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional, starts: Optional,
+    stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float, need: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The operator of its backward: the gradients of LEARNED, empty where `need` says so."""
+    rest: Any = (slopes, key_bias, q_factor, k_factor, q_pos, k_pos, cu, index, counts, bits, bit_index, starts, stops, rule)
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        wide = (q.float(), k.float(), v.float())
+        found = backward(do.float(), d_lse, o.float(), lse, *wide, *rest, block_q, block_k, scale, softcap, need)
+        return [t.to(q.dtype) if i < 3 else t for i, t in enumerate(found)]
+    x, layout, how = _read(q, k, v, *rest, block_q, block_k, scale, softcap)
+    do, d_lse = by_rows(do), None if d_lse is None else d_lse.contiguous()
+    key_tiles = _tiles("key", x, layout)
+    grads = query_pass(x, how, *_visits("query", x, layout), do, o, lse, d_lse, key_tiles)
+    needed = dict(zip(LEARNED, need))
+    if any(needed[name] for name in ("k", "v", "key_bias", "k_factor")):
+        grads |= key_pass(x, how, *_visits("key", x, layout), do, grads["rows"])
+    if slopes is not None:
+        grads["slopes"] = grads["slopes"].sum((0, 2))
+    results = []
+    for name, wanted in needed.items():
+        like = getattr(x, name)
+        if not wanted or like is None:
+            results.append(q.new_empty(0, dtype=q.dtype if name in ("q", "k", "v") else torch.float32))
+        elif name in ("q", "k", "v"):
+            results.append(reduce_heads(grads[name], like.shape[2]))
+        else:
+            results.append(grads[name].sum_to_size(like.shape))
+    return results
+
+
+sparse_backward_op = torch.library.custom_op("subquad::sparse_attention_backward", backward, mutates_args=())
+
+
+@sparse_backward_op.register_fake
+def _(do: Any, d_lse: Any, o: Any, lse: Any, *rest: Any) -> list[Tensor]:
+    return [
+        (lse if x is None else x).new_empty(0) if not wanted or x is None else x.new_empty(x.shape)
+        for x, wanted in zip(rest[: len(LEARNED)], rest[-1])
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    o, lse, kept = output
+    ctx.tensors = len(inputs) - 6
+    ctx.rest = inputs[ctx.tensors : -1]
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(o, lse, *inputs[: ctx.tensors])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, do: Tensor | None, d_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    o, lse, *tensors = ctx.saved_tensors
+    need = [x is not None and wanted for x, wanted in zip(tensors[: len(LEARNED)], ctx.needs_input_grad)]
+    do = torch.zeros_like(o) if do is None else do.to(o.dtype)
+    run: Any = torch.ops.subquad.sparse_attention_backward if traced(o) else backward
+    found = run(do, d_lse, o, lse, *tensors, *ctx.rest, need)
+    rest = [None] * (len(tensors) - len(LEARNED) + len(ctx.rest) + 1)
+    return (*(x if wanted else None for x, wanted in zip(found, need)), *rest)
+
+
+sparse_op.register_autograd(_backward, setup_context=_setup)
+
+_eager = eager("SparseAttention", forward, _setup, _backward)
+
+
+def sparse_attention_fused(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, bias: Bias | None, key_bias: Tensor | None, q_pos: Tensor | None,
+    k_pos: Tensor | None, scale: float, softcap: float | None, cu_seqlens: Tensor | None, stats: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(o ``[B, N, H, V]``, lse and, for `stats`, max ``[B, N, H]``, a constant)."""
+    slopes, q_factor, k_factor = None, None, None
+    if isinstance(bias, tuple):
+        q_factor, k_factor = (by_rows(x.float()) for x in bias)
+    elif isinstance(bias, Tensor):
+        slopes = bias.float().contiguous()
+    key_bias = None if key_bias is None else by_rows(key_bias.float())
+    q_pos, k_pos = (x if x is None or x.dim() == 2 else x[None] for x in (q_pos, k_pos))
+    run: Any = torch.ops.subquad.sparse_attention if traced(q) else _eager
+    o, lse, *kept = run(
+        q, k, v, slopes, key_bias, q_factor, k_factor, q_pos, k_pos, cu_seqlens, layout.index, layout.counts, layout.bits,
+        layout.bit_index, layout.starts, layout.stops, encode(layout.inner), layout.block_q, layout.block_k, float(scale),
+        float(softcap or 0), stats,
+    )  # fmt: skip
+    kept = kept[0] if kept and isinstance(kept[0], list) else kept
+    return o, lse, kept[0] if kept else None
+
+
+__all__ = ["InputError", "serves", "sparse_attention_fused"]

@@ -1,0 +1,234 @@
+"""Triton kernels of softmax over the keys that a layout names.
+
+`query_kernel` owns a tile of queries of one head and goes through the tiles of keys on its list: first the whole ones, which
+need no mask, then the partial ones. Scores are in units of log 2; the row's running maximum and sum are float32:
+
+    s = q·kᵀ    m' = max(m, max s)    p = 2^(s − m')    l' = l·2^(m − m') + Σp    o' = o·2^(m − m') + p·v
+
+and for the gradient of the queries, with δ = Σ o·ȯ − (gradient of lse):
+
+    p = 2^(s − lse)    ṡ = p·(ȯ·vᵀ − δ)    q̇ = scale · ṡ·k
+
+`key_kernel` owns a tile of keys and goes through the tiles of queries that visit it:  v̇ = pᵀ·ȯ ,  k̇ = scale · ṡᵀ·q.
+
+Milakov & Gimelshein (arXiv 1805.02867); Dao: FlashAttention-2 (arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from subquad.ops.sparse.blocks import inside_of, origin, place_of, positions, rows_of, seen_pairs, shaped, within
+from subquad.ops.triton_blocks import LOG2E
+
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def query_kernel(
+    q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, q_factor, k_factor,
+    o_at, lse_at, top_at, do_at, log_at, delta_at, dq_at, d_slope, d_factor,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, qp_b, kp_b, kb_b, kb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
+    n, m, tiles, blocks, entries, row_tiles, scale,
+    GRAD: tl.constexpr, H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, LISTS: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, S: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr, CAP: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """o ``[B, N, H, V]``, lse and max ``[B, N, H]``; or (GRAD) q̇, what falls to slopes and factors, and lse and δ in the order
+    of `key_kernel`'s tiles of queries ``[B, H, row_tiles · S]``. Program: a tile of M queries, a head, a batch row."""
+    pid = tl.program_id(0)
+    h = pid // tiles % H
+    b = (pid // (tiles * H)).to(tl.int64)
+    which = (h // (H // LISTS)).to(tl.int64)
+    if ROWS:
+        which += b * LISTS
+    tile = tl.load(order + which * tiles + pid % tiles)
+    first, o0, o1, o2 = origin(tile, M, G0, G1, G2, A0, A1, A2)
+    rows, q0, q1, q2 = within(M, G0, G1, G2, A0, A1, A2)
+    q0, q1, q2 = q0 + o0, q1 + o1, q2 + o2
+    q_in = inside_of(q0, q1, q2, n, G0, G1, G2)
+    q_first = first.to(tl.int64)
+    cols, v_cols, f_cols = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BR)
+    q = rows_of(q_at + b * q_b + q_first * q_n + (h // GQ) * q_h, rows, q_n, q_in, cols, D, BD, True)
+    qp = positions(None if q_pos is None else q_pos + b * qp_b, first, rows, q0, q_in, m - n if G0 == 0 else 0)[:, None]
+    qs = None if sequence is None else tl.load(sequence + first + rows, mask=q_in, other=-1)[:, None]
+    slope = None if slopes is None else tl.load(slopes + h)
+    runs = None if starts is None else starts + (which * blocks + first // BLOCK_Q) * RUNS
+    ends = None if stops is None else stops + (which * blocks + first // BLOCK_Q) * RUNS
+    if q_factor is not None:
+        qf = rows_of(q_factor + b * qf_b + q_first * qf_n + h * qf_h, rows, qf_n, q_in, f_cols, R, BR, True)
+        df = tl.zeros([M, BR], tl.float32)
+    at = (b * n + first + rows) * H + h  # of this tile's rows, in [B, N, H]
+    if GRAD:
+        do = rows_of(do_at + b * do_b + q_first * do_n + h * do_h, rows, do_n, q_in, v_cols, V, BV, True)
+        o = tl.load(o_at + at[:, None] * V + v_cols[None, :], mask=q_in[:, None] & (v_cols < V)[None, :], other=0.0)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        if top_at is not None:  # the gradient of lse
+            delta -= tl.load(top_at + at, mask=q_in, other=0.0)
+        lse = tl.load(lse_at + at, mask=q_in, other=INF) * LOG2E
+        lse = tl.where(lse == -INF, INF, lse)  # rows that see nothing
+        there = (b * H + h) * row_tiles * S + place_of(q0, q1, q2, S, G0, G1, G2, S0, S1, S2)
+        tl.store(delta_at + there, delta, mask=q_in)
+        tl.store(log_at + there, lse, mask=q_in)
+        bends = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, BD], tl.float32)
+    else:
+        top = tl.full([M], -INF, tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, BV], tl.float32)
+    near, c0, c1, c2 = within(N, G0, G1, G2, B0, B1, B2)
+    part = offsets + which * (2 * tiles + 1) + 2 * tile
+    for PARTIAL in tl.static_range(2):
+        for i in range(tl.load(part + PARTIAL), tl.load(part + PARTIAL + 1)):
+            item = which * entries + i
+            begin, p0, p1, p2 = origin(tl.load(items + item), N, G0, G1, G2, B0, B1, B2)
+            k0, k1, k2 = c0 + p0, c1 + p1, c2 + p2
+            k_in = inside_of(k0, k1, k2, m, G0, G1, G2)
+            k_first = begin.to(tl.int64)
+            k = rows_of(k_at + b * k_b + k_first * k_n + (h // GK) * k_h, near, k_n, k_in, cols, D, BD, PARTIAL)
+            kp = positions(None if k_pos is None else k_pos + b * kp_b, begin, near, k0, k_in, 0)[None, :]
+            kb = None if key_bias is None else tl.load(key_bias + b * kb_b + h * kb_h + begin + near, mask=k_in, other=0.0)[None, :]
+            factors = None
+            if k_factor is not None:
+                kf = rows_of(k_factor + b * kf_b + k_first * kf_n + h * kf_h, near, kf_n, k_in, f_cols, R, BR, PARTIAL)
+                factors = tl.dot(qf, tl.trans(kf), input_precision="tf32x3")
+            s, bend = shaped(tl.dot(q, tl.trans(k), input_precision=IP), factors, qp, kp, slope, kb, scale, CAP)
+            if PARTIAL:
+                number = 0 if numbers is None else tl.load(numbers + item)
+                ks = None if sequence is None else tl.load(sequence + begin + near, mask=k_in, other=-2)[None, :]
+                seen = k_in[None, :] if k_pos is None else k_in[None, :] & (kp >= 0)
+                seen = seen_pairs(
+                    seen, qp, q1[:, None], q2[:, None], kp, k1[None, :], k2[None, :], qs, ks, (first + rows)[:, None],
+                    (begin + near)[None, :], number, bits, runs, ends, RULE, BLOCK_Q, BLOCK_K, RUNS,
+                )  # fmt: skip
+                s = tl.where(seen, s, -INF)
+            v = rows_of(v_at + b * v_b + k_first * v_n + (h // GV) * v_h, near, v_n, k_in, v_cols, V, BV, PARTIAL)
+            if GRAD:
+                p = tl.exp2(s - lse[:, None])
+                ds = p * (tl.dot(do, tl.trans(v), input_precision=IP) - delta[:, None])
+                if slopes is not None:
+                    bends += tl.sum(ds * tl.abs(qp - kp).to(tl.float32), 1)
+                if k_factor is not None:
+                    df = tl.dot(ds, kf, df, input_precision="tf32x3")
+                if CAP > 0:
+                    ds *= 1.0 - bend * bend
+                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=IP)
+            else:
+                higher = tl.maximum(top, tl.max(s, 1))
+                base = higher
+                if PARTIAL or key_bias is not None:  # a row that has seen nothing yet has no finite maximum
+                    base = tl.where(higher == -INF, 0.0, higher)
+                p = tl.exp2(s - base[:, None])
+                fade = tl.exp2(top - base)
+                total = total * fade + tl.sum(p, 1)
+                acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=IP)
+                top = higher
+    if GRAD:
+        tl.store(
+            dq_at + at[:, None] * D + cols[None, :], (acc * scale).to(dq_at.dtype.element_ty), mask=q_in[:, None] & (cols < D)[None, :]
+        )
+        if slopes is not None:
+            tl.store(d_slope + (b * H + h) * tiles + tile, -tl.sum(tl.where(q_in, bends, 0.0), 0))
+        if k_factor is not None:
+            tl.store(d_factor + at[:, None] * R + f_cols[None, :], df, mask=q_in[:, None] & (f_cols < R)[None, :])
+    else:
+        o = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(o_at.dtype.element_ty)
+        tl.store(o_at + at[:, None] * V + v_cols[None, :], o, mask=q_in[:, None] & (v_cols < V)[None, :])
+        tl.store(lse_at + at, (top + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2E, mask=q_in)
+        if top_at is not None:
+            tl.store(top_at + at, top / LOG2E, mask=q_in)
+
+
+@triton.jit
+def key_kernel(
+    q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, q_factor, k_factor,
+    log_at, delta_at, do_at, dk_at, dv_at, d_bias, d_factor,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, qp_b, kp_b, kb_b, kb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
+    n, m, tiles, blocks, entries, row_tiles, scale,
+    H: tl.constexpr, HS: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, LISTS: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    RUNS: tl.constexpr, CAP: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """k̇ ``[B, M, HS, D]``, v̇ ``[B, M, HS, V]``, and what falls to the bias of keys and to their factors, for each head. Program:
+    a tile of N keys, one of HS heads with all heads of queries that read it, a batch row. Tiles are ``[keys, queries]``."""
+    pid = tl.program_id(0)
+    hs = pid // tiles % HS
+    b = (pid // (tiles * HS)).to(tl.int64)
+    group: tl.constexpr = H // HS
+    which = (hs * group // (H // LISTS)).to(tl.int64)  # the lists of a group agree, or HS is H
+    if ROWS:
+        which += b * LISTS
+    tile = tl.load(order + which * tiles + pid % tiles)
+    first, o0, o1, o2 = origin(tile, N, G0, G1, G2, B0, B1, B2)
+    rows, k0, k1, k2 = within(N, G0, G1, G2, B0, B1, B2)
+    k0, k1, k2 = k0 + o0, k1 + o1, k2 + o2
+    k_in = inside_of(k0, k1, k2, m, G0, G1, G2)
+    k_first = first.to(tl.int64)
+    cols, v_cols, f_cols = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BR)
+    k = rows_of(k_at + b * k_b + k_first * k_n + (hs * group // GK) * k_h, rows, k_n, k_in, cols, D, BD, True)
+    v = rows_of(v_at + b * v_b + k_first * v_n + (hs * group // GV) * v_h, rows, v_n, k_in, v_cols, V, BV, True)
+    kp = positions(None if k_pos is None else k_pos + b * kp_b, first, rows, k0, k_in, 0)[:, None]
+    ks = None if sequence is None else tl.load(sequence + first + rows, mask=k_in, other=-2)[:, None]
+    near, c0, c1, c2 = within(M, G0, G1, G2, A0, A1, A2)
+    part = offsets + which * (2 * tiles + 1) + 2 * tile
+    dk = tl.zeros([N, BD], tl.float32)
+    dv = tl.zeros([N, BV], tl.float32)
+    for j in range(group):
+        h = hs * group + j
+        slope = None if slopes is None else tl.load(slopes + h)
+        kb = None if key_bias is None else tl.load(key_bias + b * kb_b + h * kb_h + first + rows, mask=k_in, other=0.0)[:, None]
+        sums = tl.zeros([N], tl.float32)
+        if k_factor is not None:
+            kf = rows_of(k_factor + b * kf_b + k_first * kf_n + h * kf_h, rows, kf_n, k_in, f_cols, R, BR, True)
+            df = tl.zeros([N, BR], tl.float32)
+        for PARTIAL in tl.static_range(2):
+            for i in range(tl.load(part + PARTIAL), tl.load(part + PARTIAL + 1)):
+                item = which * entries + i
+                visitor = tl.load(items + item)
+                begin, p0, p1, p2 = origin(visitor, M, G0, G1, G2, A0, A1, A2)
+                q0, q1, q2 = c0 + p0, c1 + p1, c2 + p2
+                q_in = inside_of(q0, q1, q2, n, G0, G1, G2)
+                q_first = begin.to(tl.int64)
+                q = rows_of(q_at + b * q_b + q_first * q_n + (h // GQ) * q_h, near, q_n, q_in, cols, D, BD, True)
+                qp = positions(None if q_pos is None else q_pos + b * qp_b, begin, near, q0, q_in, m - n if G0 == 0 else 0)[None, :]
+                factors = None
+                if q_factor is not None:
+                    qf = rows_of(q_factor + b * qf_b + q_first * qf_n + h * qf_h, near, qf_n, q_in, f_cols, R, BR, True)
+                    factors = tl.dot(kf, tl.trans(qf), input_precision="tf32x3")
+                at = ((b * H + h) * row_tiles + visitor) * M + tl.arange(0, M)
+                s, bend = shaped(tl.dot(k, tl.trans(q), input_precision=IP), factors, qp, kp, slope, kb, scale, CAP)
+                if PARTIAL:
+                    number = 0 if numbers is None else tl.load(numbers + item)
+                    qs = None if sequence is None else tl.load(sequence + begin + near, mask=q_in, other=-1)[None, :]
+                    runs = None if starts is None else starts + (which * blocks + begin // BLOCK_Q) * RUNS
+                    ends = None if stops is None else stops + (which * blocks + begin // BLOCK_Q) * RUNS
+                    seen = k_in[:, None] if k_pos is None else k_in[:, None] & (kp >= 0)
+                    seen = seen_pairs(
+                        seen, qp, q1[None, :], q2[None, :], kp, k1[:, None], k2[:, None], qs, ks, (begin + near)[None, :],
+                        (first + rows)[:, None], number, bits, runs, ends, RULE, BLOCK_Q, BLOCK_K, RUNS,
+                    )  # fmt: skip
+                    s = tl.where(seen, s, -INF)
+                p = tl.exp2(s - tl.load(log_at + at)[None, :])
+                do = rows_of(do_at + b * do_b + q_first * do_n + h * do_h, near, do_n, q_in, v_cols, V, BV, True)
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=IP)
+                ds = p * (tl.dot(v, tl.trans(do), input_precision=IP) - tl.load(delta_at + at)[None, :])
+                if key_bias is not None:
+                    sums += tl.sum(ds, 1)
+                if k_factor is not None:
+                    df = tl.dot(ds, qf, df, input_precision="tf32x3")
+                if CAP > 0:
+                    ds *= 1.0 - bend * bend
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=IP)
+        if key_bias is not None:
+            tl.store(d_bias + (b * H + h) * m + first + rows, sums, mask=k_in)
+        if k_factor is not None:
+            of_factor = ((b * m + first + rows) * H + h)[:, None] * R + f_cols[None, :]
+            tl.store(d_factor + of_factor, df, mask=k_in[:, None] & (f_cols < R)[None, :])
+    out = ((b * m + first + rows) * HS + hs)[:, None]
+    tl.store(dk_at + out * D + cols[None, :], (dk * scale).to(dk_at.dtype.element_ty), mask=k_in[:, None] & (cols < D)[None, :])
+    tl.store(dv_at + out * V + v_cols[None, :], dv.to(dv_at.dtype.element_ty), mask=k_in[:, None] & (v_cols < V)[None, :])

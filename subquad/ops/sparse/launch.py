@@ -1,0 +1,209 @@
+"""Launches of the sparse kernels: tile sizes from a table, and arguments in the kernels' order."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from subquad.ops.common import padded
+from subquad.ops.launch import remembered
+from subquad.ops.launcher import Launcher, launcher
+from subquad.ops.sparse import kernels
+from subquad.ops.sparse.compiled import triton_rule
+from subquad.ops.sparse.patterns import Listed
+from subquad.ops.sparse.rules import EVERYTHING, Rule
+from subquad.ops.sparse.visits import Lists, Tiling
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a tile, warps of a program, stages of the pipeline."""
+
+    q: int
+    k: int
+    warps: int
+    stages: int
+
+
+# (kernel, padded width of q and v, bits of an element) -> tile
+TABLE: dict[tuple[str, int, int], Tile] = {
+    ("forward", 64, 16): Tile(128, 64, 4, 3),
+    ("forward", 128, 16): Tile(128, 64, 8, 3),
+    ("query", 64, 16): Tile(128, 64, 8, 3),
+    ("query", 128, 16): Tile(128, 64, 8, 2),
+    ("key", 64, 16): Tile(64, 128, 8, 3),
+    ("key", 128, 16): Tile(64, 128, 8, 2),
+}
+
+
+def tile_of(kernel: str, width: int, bits: int, block_q: int = 0, block_k: int = 0) -> Tile:
+    """The table's tile, or one that is likely to fit, cut so that it divides the blocks of lists (0: any)."""
+    width = max(32, padded(width))
+    found = TABLE.get((kernel, width, bits))
+    if found is None and width == 32:
+        found = TABLE.get((kernel, 64, bits))
+    if found is None:
+        found = Tile(64, 32, 4 if width <= 128 else 8, 1)
+    return Tile(gcd(found.q, block_q), gcd(found.k, block_k), *found[2:])  # powers of two
+
+
+class Inputs(NamedTuple):
+    """What the kernels read: strided tensors ``[B, tokens, heads, D]``, and optional ones.
+
+    Args:
+        bits, starts, stops: of a layout's lists.
+        q_pos, k_pos: ``[B|1, tokens]``.
+        sequence: ``[N]``, of each token, for packed input.
+        slopes: ``[H]``.
+        key_bias: ``[B|1, H|1, M]``.
+        q_factor, k_factor: ``[B|1, tokens, H|1, R]``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bits: Tensor | None = None
+    starts: Tensor | None = None
+    stops: Tensor | None = None
+    q_pos: Tensor | None = None
+    k_pos: Tensor | None = None
+    sequence: Tensor | None = None
+    slopes: Tensor | None = None
+    key_bias: Tensor | None = None
+    q_factor: Tensor | None = None
+    k_factor: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        return max(self.q.shape[2], self.k.shape[2], self.v.shape[2])
+
+
+class How(NamedTuple):
+    """All about a call that is no tensor: the rule, the sides of the blocks of lists (0 for none), scale and cap (0 for none)."""
+
+    rule: Rule
+    block_q: int
+    block_k: int
+    scale: float
+    softcap: float
+
+
+def forward_pass(x: Inputs, how: How, tiles: Tiling, lists: Lists, stats: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """o, lse and, for `stats`, the maximum."""
+    shape = (*x.q.shape[:2], x.heads)
+    o, lse = x.q.new_empty(*shape, x.v.shape[3]), x.q.new_empty(shape, dtype=torch.float32)
+    top = torch.empty_like(lse) if stats else None
+    _run("forward", x, how, tiles, lists, tiles, x.heads, None, (o, lse, top, *[None] * 6))
+    return o, lse, top
+
+
+def query_pass(
+    x: Inputs, how: How, tiles: Tiling, lists: Lists, do: Tensor, o: Tensor, lse: Tensor, d_lse: Tensor | None, order: Tiling
+) -> dict[str, Tensor]:
+    """Gradients: of q, of slopes ``[B, H, tiles]`` and of the factor of queries; and what `key_pass` reads of each row, in the
+    `order` of its tiles."""
+    shape = (*x.q.shape[:2], x.heads)
+    rows = lse.new_empty(2, shape[0], shape[2], order.counts(shape[1], 0)[0] * order.q)
+    if rows.shape[3] > shape[1]:  # rows that are not there weigh nothing
+        rows[0].fill_(torch.inf)
+        rows[1].zero_()
+    found = {"q": x.q.new_empty(*shape, x.q.shape[3]), "rows": rows}
+    if x.slopes is not None:
+        found["slopes"] = lse.new_empty(shape[0], shape[2], tiles.counts(shape[1], x.k.shape[1])[0])
+    if x.q_factor is not None:
+        found["q_factor"] = lse.new_empty(*shape, x.q_factor.shape[3])
+    outputs = (o, lse, d_lse, do, rows[0], rows[1], found["q"], found.get("slopes"), found.get("q_factor"))
+    _run("query", x, how, tiles, lists, order, x.heads, do, outputs)
+    return found
+
+
+def key_pass(x: Inputs, how: How, tiles: Tiling, lists: Lists, do: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    """Gradients: of k and v, by their heads or by all, of the bias and of the factor of keys by all heads."""
+    batch, m, heads = x.k.shape[0], x.k.shape[1], x.heads
+    shared = x.k.shape[2] if x.k.shape[2] == x.v.shape[2] and x.k.shape[2] % lists.heads == 0 else heads
+    found = {"k": x.k.new_empty(batch, m, shared, x.k.shape[3]), "v": x.v.new_empty(batch, m, shared, x.v.shape[3])}
+    if x.key_bias is not None:
+        found["key_bias"] = rows.new_empty(batch, heads, m)
+    if x.k_factor is not None:
+        found["k_factor"] = rows.new_empty(batch, m, heads, x.k_factor.shape[3])
+    outputs = (rows[0], rows[1], do, found["k"], found["v"], found.get("key_bias"), found.get("k_factor"))
+    _run("key", x, how, tiles, lists, tiles, shared, do, outputs)
+    return found
+
+
+def _run(
+    kernel: str, x: Inputs, how: How, tiles: Tiling, lists: Lists, order: Tiling, shared: int, do: Tensor | None,
+    outputs: tuple[Tensor | None, ...],
+) -> None:  # fmt: skip
+    """Launch for every tile, head (of `shared`) and batch row."""
+    batch, n, m = x.q.shape[0], x.q.shape[1], x.k.shape[1]
+    count = tiles.counts(n, m)[kernel == "key"]
+    if not count or not batch:
+        return
+    rank = 0 if x.q_factor is None else x.q_factor.shape[3]
+    runs = 0 if x.starts is None else x.starts.shape[3]
+    launch = _launcher(
+        kernel, how.rule, tiles, order, x.q.dtype, x.q.shape[3], x.v.shape[3], rank, x.heads, shared, x.q.shape[2], x.k.shape[2],
+        x.v.shape[2], lists.heads, lists.rows > 1, how.block_q, how.block_k, runs, how.softcap,
+    )  # fmt: skip
+    blocks = -(-n // how.block_q) if how.block_q else 0
+    given = (x.q, x.k, x.v, lists.offsets, lists.items, lists.order, lists.numbers, *x[3:])
+    strides = (
+        *_by(x.q),
+        *_by(x.k),
+        *_by(x.v),
+        *_by(do),
+        _row(x.q_pos),
+        _row(x.k_pos),
+        *_bias(x.key_bias),
+        *_by(x.q_factor),
+        *_by(x.k_factor),
+    )
+    launch(
+        (count * shared * batch, 1, 1),
+        (*given, *outputs),
+        strides,
+        (n, m, count, blocks, lists.items.shape[1], order.counts(n, m)[0], how.scale),
+    )
+
+
+def _by(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of batch rows, tokens and heads; 0 along what is shared."""
+    return (0, 0, 0) if x is None else tuple(0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
+
+
+def _row(x: Tensor | None) -> int:
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
+
+
+def _bias(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (_row(x), 0 if x.shape[1] == 1 else x.stride(1))
+
+
+@remembered
+def _launcher(
+    kernel: str, rule: Rule, tiles: Tiling, order: Tiling, dtype: torch.dtype, width: int, values: int, rank: int, heads: int,
+    shared: int, q_heads: int, k_heads: int, v_heads: int, list_heads: int, rows: bool, block_q: int, block_k: int, runs: int,
+    softcap: float,
+) -> Launcher:  # fmt: skip
+    tile = tile_of(kernel, max(width, values), 8 * dtype.itemsize, block_q, block_k)
+
+    def sides(box: tuple[int, ...]) -> tuple[int, ...]:
+        return (1,) * (3 - len(box)) + box  # a plane is a volume one deep
+
+    grid = sides(tiles.grid) if tiles.grid else (0, 0, 0)
+    boxes = {"G": grid, "A": sides(tiles.q_box), "B": sides(tiles.k_box)}
+    if kernel != "key":
+        boxes["S"] = sides(order.q_box)
+    named = {f"{letter}{axis}": side for letter, box in boxes.items() for axis, side in enumerate(box)}
+    plain = rule == EVERYTHING or isinstance(rule, Listed)
+    which: dict[str, Any] = {"HS": shared} if kernel == "key" else {"GRAD": kernel == "query", "S": order.q}
+    heads_of = {"H": heads, "GQ": heads // q_heads, "GK": heads // k_heads, "GV": heads // v_heads, "LISTS": list_heads, "ROWS": rows}
+    return launcher(
+        kernels.key_kernel if kernel == "key" else kernels.query_kernel, **which, **heads_of, **named, D=width, BD=padded(width),
+        V=values, BV=padded(values), R=rank, BR=padded(max(rank, 1)), M=tiles.q, N=tiles.k,
+        RULE=None if plain else triton_rule(rule, bool(tiles.grid)), BLOCK_Q=block_q, BLOCK_K=block_k, RUNS=runs, CAP=softcap,
+        IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -20,10 +20,13 @@ from subquad.ops.sparse.compiled import triton_rule
 from subquad.ops.sparse.launch import Tile
 from subquad.ops.sparse.patterns import Intersection, Union, join
 from subquad.ops.sparse.rules import EVERYTHING, Causal, Window
-from subquad.ops.sparse.visits import Tiling, by_call, by_rule, tiling
+from subquad.ops.sparse.visits import Tiling, by_call, by_rule, on_grid, tiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = {("forward", 32, 32): Tile(32, 16, 4, 1), ("query", 32, 32): Tile(16, 32, 4, 1), ("key", 32, 32): Tile(16, 32, 4, 1)}
+SMALL = {
+    (kernel, 32, 32, False): tile
+    for kernel, tile in {"forward": Tile(32, 16, 4, 1), "query": Tile(16, 32, 4, 1), "key": Tile(16, 32, 4, 1)}.items()
+}
 
 
 @pytest.fixture(autouse=True)
@@ -294,7 +297,7 @@ def _tile_of(tiles: Tiling, tokens: int, side: str) -> Tensor:
 @pytest.mark.parametrize(("q", "k"), [(16, 8), (8, 32)])
 def test_visits_of_rules(name, q, k):
     layout = Layout.band(75, 9, 4, global_tokens=3) if name == "band" else GRIDS[name]() if name in GRIDS else RULES[name](37, 90)
-    tiles = tiling(layout.inner, q, k, True)
+    tiles = tiling(layout.inner, q, k, on_grid(layout.inner))
     found = [by_rule(layout.inner, layout.n, layout.m, tiles, torch.device("cpu"), by_key) for by_key in (False, True)]
     check_visits(layout, tiles, *found)
 

@@ -16,7 +16,7 @@ from subquad.ops.sparse.bias import Bias
 from subquad.ops.sparse.codes import decode, encode, has_code
 from subquad.ops.sparse.launch import How, Inputs, forward_pass, key_pass, query_pass, tile_of
 from subquad.ops.sparse.layout import Layout
-from subquad.ops.sparse.visits import Lists, Tiling, by_call, by_rule, tiling
+from subquad.ops.sparse.visits import Lists, Tiling, by_call, by_rule, on_grid, tiling
 
 Optional = Tensor | None
 LEAST = 16  # tokens along a side of a tile, at least
@@ -34,9 +34,10 @@ def serves(layout: Layout, bias: Bias | None, softcap: float | None) -> bool:
 
 def _tiles(kernel: str, x: Inputs, layout: Layout) -> Tiling:
     """The tiles of a kernel: boxes of a grid where only the rule asks where tokens are."""
-    held = layout.index is not None
-    tile = tile_of(kernel, max(x.q.shape[3], x.v.shape[3]), 8 * x.q.dtype.itemsize, *((layout.block_q, layout.block_k) if held else (0, 0)))
-    return tiling(layout.inner, tile.q, tile.k, not _moved(x, layout) and x.slopes is None)
+    held, boxes = layout.index is not None, not _moved(x, layout) and x.slopes is None and on_grid(layout.inner)
+    sides = (layout.block_q, layout.block_k) if held else (0, 0)
+    tile = tile_of(kernel, max(x.q.shape[3], x.v.shape[3]), 8 * x.q.dtype.itemsize, boxes, *sides)
+    return tiling(layout.inner, tile.q, tile.k, boxes)
 
 
 def _moved(x: Inputs, layout: Layout) -> bool:
@@ -86,7 +87,7 @@ def forward(
     if INTERPRETED and q.dtype == torch.bfloat16:
         o, lse, kept = forward(q.float(), k.float(), v.float(), *rest, block_q, block_k, scale, softcap, stats)
         return o.to(q.dtype), lse, kept
-    x, layout, how = _read(q, k, v, *rest, block_q, block_k, scale, softcap)
+    x, layout, how = _read(q, k, v, *rest, block_q, block_k, scale, softcap)  # type: ignore[call-arg]
     o, lse, top = forward_pass(x, how, *_visits("forward", x, layout), stats)
     return o, lse, [] if top is None else [top]
 
@@ -111,9 +112,9 @@ def backward(
     rest: Any = (slopes, key_bias, q_factor, k_factor, q_pos, k_pos, cu, index, counts, bits, bit_index, starts, stops, rule)
     if INTERPRETED and q.dtype == torch.bfloat16:
         wide = (q.float(), k.float(), v.float())
-        found = backward(do.float(), d_lse, o.float(), lse, *wide, *rest, block_q, block_k, scale, softcap, need)
+        found = backward(do.float(), d_lse, o.float(), lse, *wide, *rest, block_q, block_k, scale, softcap, need)  # type: ignore[call-arg]
         return [t.to(q.dtype) if i < 3 else t for i, t in enumerate(found)]
-    x, layout, how = _read(q, k, v, *rest, block_q, block_k, scale, softcap)
+    x, layout, how = _read(q, k, v, *rest, block_q, block_k, scale, softcap)  # type: ignore[call-arg]
     do, d_lse = by_rows(do), None if d_lse is None else d_lse.contiguous()
     key_tiles = _tiles("key", x, layout)
     grads = query_pass(x, how, *_visits("query", x, layout), do, o, lse, d_lse, key_tiles)

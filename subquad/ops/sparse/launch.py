@@ -27,25 +27,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (kernel, padded width of q and v, bits of an element) -> tile
-TABLE: dict[tuple[str, int, int], Tile] = {
-    ("forward", 64, 16): Tile(128, 64, 4, 3),
-    ("forward", 128, 16): Tile(128, 64, 8, 3),
-    ("query", 64, 16): Tile(128, 64, 8, 3),
-    ("query", 128, 16): Tile(128, 64, 8, 2),
-    ("key", 64, 16): Tile(64, 128, 8, 3),
-    ("key", 128, 16): Tile(64, 128, 8, 2),
+# (kernel, padded width of q and v, bits of an element, whether tiles are boxes of a grid) -> tile
+TABLE: dict[tuple[str, int, int, bool], Tile] = {
+    ("forward", 64, 16, False): Tile(128, 64, 4, 3),
+    ("forward", 128, 16, False): Tile(128, 64, 8, 3),
+    ("query", 64, 16, False): Tile(128, 64, 8, 3),
+    ("query", 128, 16, False): Tile(128, 64, 8, 2),
+    ("key", 64, 16, False): Tile(64, 128, 8, 3),
+    ("key", 128, 16, False): Tile(64, 128, 8, 2),
 }
+CAREFUL = Tile(64, 32, 4, 1)  # what was not measured
 
 
-def tile_of(kernel: str, width: int, bits: int, block_q: int = 0, block_k: int = 0) -> Tile:
-    """The table's tile, or one that is likely to fit, cut so that it divides the blocks of lists (0: any)."""
+def tile_of(kernel: str, width: int, bits: int, boxes: bool, block_q: int = 0, block_k: int = 0) -> Tile:
+    """The table's tile, cut so that it divides the blocks of lists (0: any)."""
     width = max(32, padded(width))
-    found = TABLE.get((kernel, width, bits))
-    if found is None and width == 32:
-        found = TABLE.get((kernel, 64, bits))
-    if found is None:
-        found = Tile(64, 32, 4 if width <= 128 else 8, 1)
+    keys = [(kernel, wide, bits, kind) for wide in (width, max(64, width)) for kind in (boxes, False)]
+    found = next((TABLE[key] for key in keys if key in TABLE), CAREFUL._replace(warps=8) if width > 128 else CAREFUL)
     return Tile(gcd(found.q, block_q), gcd(found.k, block_k), *found[2:])  # powers of two
 
 
@@ -188,7 +186,7 @@ def _launcher(
     shared: int, q_heads: int, k_heads: int, v_heads: int, list_heads: int, rows: bool, block_q: int, block_k: int, runs: int,
     softcap: float,
 ) -> Launcher:  # fmt: skip
-    tile = tile_of(kernel, max(width, values), 8 * dtype.itemsize, block_q, block_k)
+    tile = tile_of(kernel, max(width, values), 8 * dtype.itemsize, bool(tiles.grid), block_q, block_k)
 
     def sides(box: tuple[int, ...]) -> tuple[int, ...]:
         return (1,) * (3 - len(box)) + box  # a plane is a volume one deep

@@ -63,12 +63,17 @@ class Tiling(NamedTuple):
         return cdiv(n, self.q), cdiv(m, self.k)
 
 
+def on_grid(rule: Rule) -> bool:
+    """Whether a rule stands on a grid of several axes, whose boxes can be tiles."""
+    return len(grid_of(rule) or ()) > 1
+
+
 @lru_cache(512)
-def tiling(rule: Rule, q: int, k: int, on_grid: bool) -> Tiling:
-    """Tiles for a rule: on its grid the boxes whose neighbourhoods meet the fewest boxes."""
-    grid = grid_of(rule)
-    if not on_grid or grid is None or len(grid) == 1:
+def tiling(rule: Rule, q: int, k: int, boxes: bool) -> Tiling:
+    """Tiles of so many queries and keys: neighbouring tokens, or the boxes of the rule's grid that meet the fewest boxes."""
+    if not boxes:
         return Tiling(q, k)
+    grid = grid_of(rule) or ()
 
     def cost(q_box: tuple[int, ...], k_box: tuple[int, ...]) -> float:
         total = 1.0
@@ -281,4 +286,4 @@ def _listed(layout: Layout, tiles: Tiling, rows: int) -> Pairs:
     return Pairs(each(q.where(kept, 0)), each(k.where(kept, 0)), each(partial), each(kept), numbers)
 
 
-__all__ = ["Lists", "Ranges", "Tiling", "by_call", "by_rule", "tiling"]
+__all__ = ["Lists", "Ranges", "Tiling", "by_call", "by_rule", "on_grid", "tiling"]

@@ -1,0 +1,408 @@
+"""Checks and times the kernels of sparse attention on a CUDA machine, against FlexAttention and torch's dense attention.
+
+    python benchmarks/sparse.py [--only SECTION …] [--quick] [--add RESULT] [--out FOLDER]
+    python benchmarks/sparse.py --device cpu --only checks        tries the script at tiny sizes
+
+Sections: `checks` (results and gradients against the definition in float64, and against the errors of torch's flash kernel),
+`tune` (milliseconds of many tiles, each checked against the first; it prints rows for `subquad.ops.sparse.launch`), `speed`
+(against FlexAttention, compiled, its best options of a few, and the dense kernels), `long` (a window at up to a million tokens),
+`first` (the first call on a cold cache) and `sanitize` (memory errors and races).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if {"cpu", "--device=cpu"} & set(sys.argv):  # kernels then run in Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("SUBQUAD_KERNELS", "on")
+
+import torch
+from common import RESULTS, failure, slug
+from kernel_sanitize import sanitize
+from sparse_cases import CHECKS, FLEX, RASTER, SPEEDS, Speed, flex, ours, results, sdpa
+from timing import Timed, called, show
+from torch import Tensor
+
+from subquad.bench.machine import synchronize
+from subquad.ops.launcher import rehearse
+from subquad.ops.sparse import Layout, fused, launch, sparse_attention, sparse_attention_reference
+from subquad.ops.sparse.launch import How, Inputs, Tile
+
+SECONDS = {"checks": 150, "tune": 240, "speed": 240, "long": 60, "first": 60, "sanitize": 200}
+WIDTHS = [(64, 64), (128, 128), (32, 32), (80, 80), (96, 64), (256, 256)]
+ERROR_BAR = 1.5  # times the errors of torch's flash kernel, or of the definition in float32 with its results rounded
+
+
+class Bench(Timed):
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(
+            "sparse", "Kernels of sparse attention", args.device, args.out / f"sparse-{slug(args.device)}.json", quick=args.quick
+        )
+        if args.add:
+            earlier = json.loads(args.add.read_text())
+            for key in ("device", "commit"):
+                if earlier[key] != self.result[key]:
+                    raise SystemExit(f"--add: {key} {earlier[key]} there, {self.result[key]} here")
+            self.result = earlier | {key: self.result[key] for key in ("date", "command", "versions")}
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def checks(bench: Bench) -> list[dict[str, Any]]:
+    add = bench.table(
+        "Relative error against float64, and its ratio to that of float32 rounded", "layout", "D", "dtype", "o, lse and gradients", ""
+    )
+    found = []
+    for name, check in CHECKS.items():
+        layout, more = check.layout(bench.device), check.more(bench.device)
+        for width, values in WIDTHS if bench.cuda and name in ("causal", "plane") else WIDTHS[:2] if bench.cuda else [(16, 16)]:
+            for dtype in (torch.bfloat16, torch.float32, torch.float16) if width == 64 else (torch.bfloat16,):
+                torch.manual_seed(0)
+                sizes = zip((layout.n, layout.m, layout.m), check.heads, (width, width, values))
+                x = [torch.randn(1, tokens, heads, d, device=bench.device).to(dtype) for tokens, heads, d in sizes]
+                got = results(sparse_attention, x, layout, more, dtype)
+                exact = results(sparse_attention_reference, x, layout, more, torch.float64)
+                plain = results(sparse_attention_reference, x, layout, more, torch.float32)
+                errors = {key: error(got[key], exact[key]) for key in exact}
+                ratios = {key: errors[key] / max(error(plain[key].to(got[key].dtype), exact[key]), 1e-12) for key in exact}
+                met = all(e <= (1e-5 if key in ("o", "lse") else 1e-4) for key, e in errors.items()) if dtype == torch.float32 else None
+                word = str(dtype).removeprefix("torch.")
+                found.append({"layout": name, "D": width, "V": values, "dtype": word, "errors": errors, "ratios": ratios, "met": met})
+                add(
+                    name,
+                    str(width),
+                    word,
+                    " ".join(f"{k} {errors[k]:.1e} ({ratios[k]:.1f})" for k in exact),
+                    {None: "", True: "met", False: "missed"}[met],
+                )
+    found += [flash_check(bench, width, add) for width in (64, 128)] if bench.cuda else []
+    layout = Layout.window(333, 100, 5)
+    x = [torch.randn(1, 333, 2, 64, device=bench.device, dtype=torch.bfloat16) for _ in range(3)]
+    runs = [results(sparse_attention, x, layout, {}, torch.bfloat16) for _ in range(10 if bench.cuda else 2)]
+    same = all(torch.equal(run[key], runs[0][key]) for run in runs for key in run)
+    found.append({"layout": "ten runs bit-identical", "met": same})
+    add("ten runs bit-identical", "", "", "", "met" if same else "missed")
+    return found
+
+
+def flash_check(bench: Bench, width: int, add: Any) -> dict[str, Any]:
+    """Errors on dense causal attention beside those of torch's flash kernel, bf16, the same inputs."""
+    from torch.nn.attention import SDPBackend
+
+    torch.manual_seed(0)
+    x = {name: torch.randn(2, 2048, 4, width, device=bench.device, dtype=torch.bfloat16) for name in "qkv"}
+    do, layout, outs = torch.randn_like(x["q"]), Layout.causal(2048), []
+    calls = (
+        partial(ours, layout=layout),
+        partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+        lambda y: sparse_attention_reference(*y.values(), layout)[0],
+    )
+    for call, dtype in zip(calls, (torch.bfloat16, torch.bfloat16, torch.float64)):
+        y = {name: t.detach().to(dtype).requires_grad_() for name, t in x.items()}
+        o = call(y)
+        outs.append([o.detach(), *torch.autograd.grad(o, list(y.values()), do.to(dtype))])
+    names = ("o", "dq", "dk", "dv")
+    errors, theirs = ({n: error(a, b) for n, a, b in zip(names, got, outs[2])} for got in outs[:2])
+    ratios = {n: errors[n] / theirs[n] for n in names}
+    met = max(ratios.values()) <= ERROR_BAR
+    add(
+        "causal, against torch's flash kernel",
+        str(width),
+        "bfloat16",
+        " ".join(f"{n} {errors[n]:.1e} ({ratios[n]:.2f})" for n in names),
+        "met" if met else "missed",
+    )
+    return {
+        "layout": "causal against flash",
+        "D": width,
+        "dtype": "bfloat16",
+        "errors": errors,
+        "flash": theirs,
+        "ratios": ratios,
+        "met": met,
+    }
+
+
+# ---- tiles ---------------------------------------------------------------------------------------------------------
+
+TUNED = [  # kind of layout, its name in SPEEDS by head dim
+    (False, 128, "causal window 1024"),
+    (False, 64, "causal window 1024"),
+    (True, 64, "13 x 13 on 128 x 128"),
+    (True, 128, "13 x 13 on 128 x 128"),
+]
+SIDES = {
+    "forward": [(128, 64), (128, 128), (64, 64), (64, 128), (128, 32), (64, 32)],
+    "query": [(128, 64), (64, 64), (64, 128), (128, 32), (64, 32), (128, 128)],
+    "key": [(64, 128), (64, 64), (32, 128), (128, 64), (32, 64), (128, 128)],
+}
+
+
+def candidates(kernel: str, width: int, quick: bool) -> list[Tile]:
+    found = []
+    for (q, k), warps, stages in itertools.product(SIDES[kernel], (4, 8), (2, 3) if quick else (1, 2, 3, 4)):
+        held = (q * width if kernel != "key" else 2 * k * width) + stages * 2 * (k if kernel != "key" else q) * width
+        if 2 * held <= 220_000 and max(q, k) * width * (2 if kernel == "key" else 1) <= warps * 32 * 160:
+            found.append(Tile(q, k, warps, stages))
+    return found
+
+
+def alone(kernel: str, x: Inputs, layout: Layout, do: Tensor) -> Any:
+    """One of the three kernels on operands that are made beforehand, the lists of visits too."""
+    how = How(layout.inner, 0, 0, x.q.shape[3] ** -0.5, 0.0)
+    tiles, lists = fused._visits(kernel, x, layout)
+    if kernel == "forward":
+        return lambda: {"o": launch.forward_pass(x, how, tiles, lists, False)[0]}
+    lse = torch.full(x.q.shape[:3], 6.0, device=x.q.device)
+    if kernel == "query":
+        return lambda: {"dq": launch.query_pass(x, how, tiles, lists, do, x.q, lse, None, tiles)["q"]}
+    rows = torch.zeros(2, x.q.shape[0], x.q.shape[2], tiles.counts(layout.n, 0)[0] * tiles.q, device=x.q.device)
+    rows[0].fill_(6.0)
+    return lambda: launch.key_pass(x, how, tiles, lists, do, rows)
+
+
+def tune(bench: Bench) -> list[dict[str, Any]]:
+    add = bench.table("Tiles: milliseconds of each kernel alone", "kernel", "D", "tiles", "best five", "in use")
+    found, layouts = [], {speed.name: speed for speed in SPEEDS}
+    before = dict(launch.TABLE)
+    try:
+        for boxes, width, name in TUNED:
+            layout = layouts[name].layout() if bench.cuda else Layout.neighborhood((6, 8), 3) if boxes else Layout.window(48, 20)
+            shape = (1, layout.n, 16 if bench.cuda else 1, width if bench.cuda else 16)
+            q, k, v, do = torch.randn(4, *shape, device=bench.device, dtype=torch.bfloat16)
+            for kernel in SIDES:
+                row = tune_one(bench, kernel, boxes, width, Inputs(q, k, v), layout, do)
+                found.append(row)
+                best = "; ".join(f"{tuple(tile)} {ms:.3f}" for tile, ms in row["tried"][:5])
+                add(kernel, str(width), "boxes" if boxes else "lines", best, f"{tuple(row['used'])} {show(row['used_ms'])}")
+            if not bench.cuda:
+                break
+    finally:
+        launch.TABLE.clear()
+        launch.TABLE.update(before)
+        launch._launcher.cache_clear()
+    return found
+
+
+def tune_one(bench: Bench, kernel: str, boxes: bool, width: int, x: Inputs, layout: Layout, do: Tensor) -> dict[str, Any]:
+    bits = 8 * x.q.dtype.itemsize
+    used = launch.tile_of(kernel, width, bits, boxes)
+    key = (kernel, max(64, width), bits, boxes)
+    tiles = list(dict.fromkeys([used, *candidates(kernel, width, bench.quick)]))[: None if bench.cuda else 2]
+    calls: dict[Tile, Any] = {}
+    for tile in tiles:
+        launch.TABLE[key] = tile
+        launch._launcher.cache_clear()
+        call = alone(kernel, x, layout, do)
+        if bench.cuda:
+            rehearse(call)  # all compile side by side
+        calls[tile] = (call, dict(launch.TABLE))
+    tried, wanted, wrong = [], None, []
+    for tile, (call, table) in calls.items():
+        launch.TABLE.clear()
+        launch.TABLE.update(table)
+        launch._launcher.cache_clear()
+        try:
+            got = call()
+            wanted = wanted or got
+            if all(error(got[name], wanted[name].double()) <= 2e-2 for name in wanted):
+                tried.append((tile, bench.ms(call)))
+            else:
+                wrong.append(tile)
+        except Exception as reason:  # out of shared memory or registers
+            wrong.append((*tile, failure(reason)))
+            synchronize(bench.device)
+    tried.sort(key=lambda pair: pair[1])
+    return {"kernel": kernel, "boxes": boxes, "D": width, "used": used, "used_ms": dict(tried).get(used), "tried": tried, "wrong": wrong}
+
+
+# ---- times ---------------------------------------------------------------------------------------------------------
+
+
+def needed_flops(layout: Layout, shape: tuple[int, int, int, int]) -> float:
+    """FLOPs of the forward over the blocks of 128 x 128 that hold a seen pair."""
+    from subquad.ops.sparse.visits import Tiling, by_rule
+
+    batch, n, heads, width = shape
+    pairs = by_rule(layout.inner, n, layout.m, Tiling(128, 128), torch.device("cpu"), False).items.shape[1]
+    return 4.0 * width * batch * heads * pairs * 128 * 128
+
+
+def speed(bench: Bench) -> list[dict[str, Any]]:
+    from torch.nn.attention import SDPBackend
+
+    add = bench.table(
+        "Time on the device, bf16, ms", "layout", "shape", "what", "forward", "forward + backward", "as called", "TFLOP/s of needed blocks"
+    )
+    found: list[dict[str, Any]] = []
+    for one in (
+        SPEEDS if bench.cuda else [Speed("13 x 13 on 128 x 128", (1, 48, 1, 16), lambda: Layout.neighborhood((6, 8), 3), (1.3, 1.25))]
+    ):
+        torch._dynamo.reset()
+        layout, torch_found = one.layout(), []
+        made = torch.randn(3, *one.shape, device=bench.device, dtype=torch.bfloat16)
+        x = {name: t.clone().requires_grad_() for name, t in zip("qkv", made)}
+        todo: dict[str, Any] = {"subquad": partial(ours, layout=layout)}
+        if one.name in RASTER:
+            todo["subquad, tiles of neighbouring indices"] = partial(ours, layout=layout)
+        options = FLEX[:2] if bench.quick else FLEX
+        todo |= {f"FlexAttention {json.dumps(o)}": flex(layout, bench.device, 128, o) for o in options} if bench.cuda else {}
+        if one.name == "dense causal" and bench.cuda:
+            todo |= {
+                "cuDNN": partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+                "FlashAttention-2": partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+            }
+        flops = needed_flops(layout, one.shape)
+        for name, call in todo.items():
+            case: dict[str, Any] = {
+                "layout": one.name,
+                "name": name,
+                "shape": list(one.shape),
+                "bars": list(one.bars),
+                "needed_flops": flops,
+            }
+            torch_found.append(case)
+            with raster(name.endswith("indices")):
+                bench.time_into(case, call, x)
+            ms = [case["forward_ms"], case["both_ms"]]
+            rates = " / ".join("–" if t is None else f"{flops * times / t / 1e9:.0f}" for t, times in zip(ms, (1, 3.5)))
+            add(one.name, str(list(one.shape)), name, *(case.get("error", "–") if t is None else show(t) for t in ms), called(case), rates)
+        found += torch_found
+    return found
+
+
+class raster:
+    """Within it, tiles of grids are of neighbouring indices."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted
+
+    def __enter__(self) -> None:
+        self.before = fused.on_grid
+        if self.wanted:
+            fused.on_grid = lambda rule: False
+
+    def __exit__(self, *_: Any) -> None:
+        fused.on_grid = self.before
+
+
+def long(bench: Bench) -> list[dict[str, Any]]:
+    """A window of 4096 up to a million tokens: time per token, memory, and how long its layout and its visits take to make."""
+    add = bench.table(
+        "Causal window 4096, 4 heads of 128, bf16", "tokens", "forward ms", "forward + backward ms", "ns a token", "peak MiB", "visits ms"
+    )
+    found = []
+    for tokens in (1 << 17, 1 << 20) if bench.cuda else (64,):
+        width = 128 if bench.cuda else 16
+        x = {name: torch.randn(1, tokens, 4, width, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for name in "qkv"}
+        fused.by_rule.cache_clear()
+        synchronize(bench.device)
+        start = time.perf_counter()
+        layout = Layout.window(tokens, 4096)
+        fused._visits("forward", Inputs(*(t.detach() for t in x.values())), layout)
+        synchronize(bench.device)
+        case: dict[str, Any] = {"tokens": tokens, "visits_ms": 1000 * (time.perf_counter() - start)}
+        if bench.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        bench.time_into(case, partial(ours, layout=layout), x)
+        case["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20 if bench.cuda else None
+        ns = None if case["forward_ms"] is None else 1e6 * case["forward_ms"] / tokens
+        add(
+            str(tokens),
+            show(case["forward_ms"]),
+            show(case["both_ms"]),
+            show(ns, "{:.1f}"),
+            show(case["peak_mib"], "{:.0f}"),
+            show(case["visits_ms"], "{:.1f}"),
+        )
+        found.append(case)
+        del x
+    return found
+
+
+FIRST = """
+import time, torch
+from subquad.ops.sparse import Layout, sparse_attention
+x = [torch.randn(1, 4096, 8, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+torch.cuda.synchronize(); start = time.perf_counter()
+sparse_attention(*x, Layout.{layout}).sum().backward(); torch.cuda.synchronize()
+print("took", time.perf_counter() - start)
+"""
+
+
+def first(bench: Bench) -> list[dict[str, Any]]:
+    """Forward and backward in a new process, with nothing compiled."""
+    add = bench.table("First call on a cold cache, forward and backward", "layout", "seconds", "")
+    found = []
+    for layout in ("window(4096, 512)", "neighborhood((64, 64), 13)") if bench.cuda else ():
+        with tempfile.TemporaryDirectory() as cache:
+            run = subprocess.run(
+                [sys.executable, "-c", FIRST.format(layout=layout)],
+                env={**os.environ, "TRITON_CACHE_DIR": cache},
+                capture_output=True,
+                text=True,
+            )
+        took = next((float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("took")), None)
+        found.append(
+            {"layout": layout, "seconds": took, "met": took is not None and took < 5, "error": None if took else run.stderr[-500:]}
+        )
+        add(layout, show(took, "{:.1f}"), "met" if found[-1]["met"] else "missed")
+    return found
+
+
+def small(device: torch.device) -> None:
+    """Every check forward and backward, for compute-sanitizer."""
+    for name, check in CHECKS.items():
+        layout = check.layout(device)
+        sizes = zip((layout.n, layout.m, layout.m), check.heads)
+        x = [torch.randn(1, tokens, heads, 64, device=device, dtype=torch.bfloat16) for tokens, heads in sizes]
+        results(sparse_attention, x, layout, check.more(device), torch.bfloat16)
+        synchronize(device)
+        print("ran", name, flush=True)
+
+
+SECTIONS = {
+    "checks": checks, "tune": tune, "speed": speed, "long": long, "first": first,
+    "sanitize": lambda bench: sanitize(bench, ["sparse"], __file__),
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check and time the kernels of sparse attention on a CUDA machine.")
+    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--quick", action="store_true", help="fewer tiles to try, shorter timings")
+    parser.add_argument("--add", type=Path, metavar="RESULT", help="go on from this result file of the same commit")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("small", nargs="?", choices=["sparse"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device is visible to PyTorch; --device cpu tries the script at tiny sizes", file=sys.stderr)
+        return 2
+    if args.small:
+        small(torch.device(args.device))
+        return 0
+    bench = Bench(args)
+    print(f"{bench.result['device']}, {bench.result['versions']}")
+    for name in args.only:
+        bench.fenced(name, SECTIONS[name], SECONDS[name])
+    print(f"written to {bench.path}")
+    wrong = any(case.get("met") is False for case in bench.result.get("checks", ()) if isinstance(case, dict))
+    return 1 if wrong or any(bench.error(name) for name in args.only) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -165,13 +165,12 @@ def alone(kernel: str, x: Inputs, layout: Layout, do: Tensor) -> Any:
     how = How(layout.inner, 0, 0, x.q.shape[3] ** -0.5, 0.0)
     tiles, lists = fused._visits(kernel, x, layout)
     if kernel == "forward":
-        return lambda: {"o": launch.forward_pass(x, how, tiles, lists, False)[0]}
+        return lambda: {"o": launch.forward_pass(x, how, tiles, lists, False, False)[0]}
     lse = torch.full(x.q.shape[:3], 6.0, device=x.q.device)
     if kernel == "query":
-        return lambda: {"dq": launch.query_pass(x, how, tiles, lists, do, x.q, lse, None, tiles)["q"]}
-    rows = torch.zeros(2, x.q.shape[0], x.q.shape[2], tiles.counts(layout.n, 0)[0] * tiles.q, device=x.q.device)
-    rows[0].fill_(6.0)
-    return lambda: launch.key_pass(x, how, tiles, lists, do, rows)
+        return lambda: launch.query_pass(x, how, tiles, lists, tiles, x.q, lse, None, do, None, None)[0]
+    log, delta = torch.zeros(2, x.q.shape[0], x.q.shape[2], tiles.counts(layout.n, 0)[0] * tiles.q, device=x.q.device)
+    return lambda: launch.key_pass(x, how, tiles, lists, do, launch.Rows(log + 6, delta, None, None))
 
 
 def tune(bench: Bench) -> list[dict[str, Any]]:

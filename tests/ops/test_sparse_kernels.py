@@ -206,14 +206,23 @@ def test_positions_however_the_visits_are_found(sorted_pairs, monkeypatch):
     both_ways(Layout.window(70, 19, 3), given={"q_pos": torch.arange(70, device=DEVICE) + 5})
 
 
-def test_maximum_without_gradients(launched):
-    x = [t.to(DEVICE) for t in make(Layout.window(70, 19))]
-    _, top = sparse_attention(*x, Layout.window(70, 19), return_max=True)
-    want = sparse_attention_reference(*(t.double() for t in x), Layout.window(70, 19))
-    torch.testing.assert_close(top.double(), want[2], rtol=1e-6, atol=1e-6)
-    assert launched == ["forward"]
-    sparse_attention(x[0].requires_grad_(), *x[1:], Layout.window(70, 19), return_max=True)
-    assert launched == ["forward"], "the gradient of the maximum is the plain form's"
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", ["window", "plane", "packed"])
+def test_the_maximum_and_its_gradient(name, biased, launched):
+    layout = GRIDS["plane"]() if name == "plane" else Layout.window(70, 19)
+    given = {"cu_seqlens": torch.tensor([0, 30, 70], device=DEVICE)} if name == "packed" else {}
+    key_bias, results = torch.linspace(-2, 1, layout.n).view(1, 1, -1), []
+    x = make(layout)
+    for attend, dtype in ((sparse_attention, torch.float32), (sparse_attention_reference, torch.float64)):
+        leaves = [t.to(DEVICE, dtype).requires_grad_() for t in (*x, key_bias)]
+        options = {"return_lse": True, "return_max": True} if attend is sparse_attention else {}
+        more = {"key_bias": leaves[3], "softcap": 1.5} if biased else {}
+        o, lse, top = attend(*leaves[:3], layout, **options, **given, **more)
+        weight = torch.linspace(-1, 2, top.numel(), device=DEVICE, dtype=dtype).view(top.shape)
+        results.append([top.detach(), *torch.autograd.grad(((lse - top).exp() * weight).sum() + o.sum(), leaves[: 4 if biased else 3])])
+    for found, wanted in zip(*results):
+        assert (found.double() - wanted).abs().max() <= 5e-6 * wanted.abs().max()
+    assert launched == ["forward", "query", "key"]
 
 
 def test_only_the_gradients_that_are_asked_for(launched):
@@ -366,14 +375,14 @@ def test_a_rule_that_branches_cannot_become_a_function():
 
     with pytest.raises(TypeError, match="branch"):
         triton_rule(Odd(), False)
-    assert not fused.serves(Layout(9, 9, Odd(), 16, 16), None, None)
+    assert not fused.serves(Layout(9, 9, Odd(), 16, 16), None)
 
 
 def test_operators_are_well_formed():
     layout = Layout.window(40, 15, 2)
     q, k, v = (t.to(DEVICE).requires_grad_() for t in make(layout))
     key_bias = torch.randn(1, 2, 40, device=DEVICE, requires_grad=True)
-    given = [q, k, v, None, key_bias, *[None] * 11, encode(layout.inner), 64, 64, 0.25, 0.0, True]
+    given = [q, k, v, None, key_bias, *[None] * 11, encode(layout.inner), 64, 64, 0.25, 0.0, True, True]
     torch.library.opcheck(fused.sparse_op, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 

@@ -58,7 +58,8 @@ def sparse_attention(
         scale: of q·k (default ``D ** -0.5``).
         softcap: c·tanh(s / c) is applied to the scaled scores, before any bias.
         return_lse, return_max: also return the log-sum-exp and the maximum of each row's scores, ``[B, N, H]``, float32
-            (float64 for float64); −inf for a row that sees no key, whose output is 0. Both are differentiable.
+            (float64 for float64); −inf for a row that sees no key, whose output is 0. Both are differentiable; where
+            keys tie for the maximum, they share its gradient, or on a GPU one of them has it.
         cu_seqlens: ``[S + 1]`` offsets of packed sequences (B = 1, M = N): rules hold within each sequence, whose
             positions start at 0; block lists keep to pairs of one sequence.
 
@@ -79,7 +80,7 @@ def sparse_attention(
     plain = bias is None and key_bias is None and softcap is None and cu_seqlens is None and layout.index is None
     if plain and 0 < q.shape[1] <= FEW and q.shape[2] == heads and k.shape[2] == v.shape[2]:
         o, lse, top = sparse_attention_direct(q, k, v, layout, q_pos=q_pos, k_pos=k_pos, scale=scale, stats=stats)
-    elif _kernels_serve(q, k, v, layout, bias, softcap, return_max):
+    elif _kernels_serve(q, k, v, layout, bias):
         from subquad.ops.sparse.fused import sparse_attention_fused
 
         o, lse, top = sparse_attention_fused(
@@ -95,16 +96,13 @@ def sparse_attention(
     return (o, *extra) if extra else o
 
 
-def _kernels_serve(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Bias | None, softcap: float | None, return_max: bool) -> bool:
-    """Whether the Triton kernels have all of this call: they give no gradient of the maximum."""
+def _kernels_serve(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Bias | None) -> bool:
+    """Whether the Triton kernels have all of this call."""
     if not q.dtype == k.dtype == v.dtype or not kernels_serve(q, q.shape[3], v.shape[3]):
-        return False
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k))
-    if return_max and learns:
         return False
     from subquad.ops.sparse.fused import serves
 
-    return serves(layout, bias, softcap)
+    return serves(layout, bias)
 
 
 def _check(

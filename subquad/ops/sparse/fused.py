@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.checks import InputError
 from subquad.ops.common import by_rows, reduce_heads, traced
 from subquad.ops.launch import INTERPRETED
 from subquad.ops.launcher import eager
@@ -23,7 +22,7 @@ LEAST = 16  # tokens along a side of a tile, at least
 LEARNED = ("q", "k", "v", "slopes", "key_bias", "q_factor", "k_factor")
 
 
-def serves(layout: Layout, bias: Bias | None, softcap: float | None) -> bool:
+def serves(layout: Layout, bias: Bias | None) -> bool:
     """Whether the kernels have this layout and this bias."""
     if layout.parts or not has_code(layout.inner):
         return False
@@ -80,16 +79,19 @@ def _read(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, q_pos: Optional,
     k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional, starts: Optional,
-    stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float, stats: bool,
+    stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float, stats: bool, learns: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """The operator: o ``[B, N, H, V]``, lse ``[B, N, H]`` and, for `stats`, the maximum. A bias is float32; softcap 0 is none."""
+    """The operator: o ``[B, N, H, V]``, lse ``[B, N, H]`` and, for `stats`, the maximum (and if it `learns`, the key that has it).
+
+    A bias is float32; softcap 0 is none.
+    """
     rest: Any = (slopes, key_bias, q_factor, k_factor, q_pos, k_pos, cu, index, counts, bits, bit_index, starts, stops, rule)
     if INTERPRETED and q.dtype == torch.bfloat16:
-        o, lse, kept = forward(q.float(), k.float(), v.float(), *rest, block_q, block_k, scale, softcap, stats)
+        o, lse, kept = forward(q.float(), k.float(), v.float(), *rest, block_q, block_k, scale, softcap, stats, learns)  # type: ignore[call-arg]
         return o.to(q.dtype), lse, kept
     x, layout, how = _read(q, k, v, *rest, block_q, block_k, scale, softcap)  # type: ignore[call-arg]
-    o, lse, top = forward_pass(x, how, *_visits("forward", x, layout), stats)
-    return o, lse, [] if top is None else [top]
+    o, lse, top, arg = forward_pass(x, how, *_visits("forward", x, layout), stats, learns)
+    return o, lse, [t for t in (top, arg) if t is not None]
 
 
 sparse_op = torch.library.custom_op("subquad::sparse_attention", forward, mutates_args=())
@@ -97,13 +99,15 @@ sparse_op = torch.library.custom_op("subquad::sparse_attention", forward, mutate
 
 @sparse_op.register_fake
 def _(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    stats, learns = rest[-2:]
     shape = (*q.shape[:2], max(q.shape[2], k.shape[2], v.shape[2]))
     lse = q.new_empty(shape, dtype=torch.float32)
-    return q.new_empty(*shape, v.shape[3]), lse, [torch.empty_like(lse)] if rest[-1] else []
+    kept = [torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int32)][: 0 if not stats else 1 + learns]
+    return q.new_empty(*shape, v.shape[3]), lse, kept
 
 
 def backward(
-    do: Tensor, d_lse: Optional, o: Tensor, lse: Tensor,
+    do: Tensor, d_lse: Optional, d_top: Optional, o: Tensor, lse: Tensor, arg: Optional,
     q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, q_pos: Optional,
     k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional, starts: Optional,
     stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float, need: list[bool],
@@ -111,27 +115,27 @@ def backward(
     """The operator of its backward: the gradients of LEARNED, empty where `need` says so."""
     rest: Any = (slopes, key_bias, q_factor, k_factor, q_pos, k_pos, cu, index, counts, bits, bit_index, starts, stops, rule)
     if INTERPRETED and q.dtype == torch.bfloat16:
-        wide = (q.float(), k.float(), v.float())
-        found = backward(do.float(), d_lse, o.float(), lse, *wide, *rest, block_q, block_k, scale, softcap, need)  # type: ignore[call-arg]
-        return [t.to(q.dtype) if i < 3 else t for i, t in enumerate(found)]
+        grads = (do.float(), d_lse, d_top, o.float(), lse, arg, q.float(), k.float(), v.float())
+        results = backward(*grads, *rest, block_q, block_k, scale, softcap, need)  # type: ignore[call-arg]
+        return [t.to(q.dtype) if i < 3 else t for i, t in enumerate(results)]
     x, layout, how = _read(q, k, v, *rest, block_q, block_k, scale, softcap)  # type: ignore[call-arg]
-    do, d_lse = by_rows(do), None if d_lse is None else d_lse.contiguous()
-    key_tiles = _tiles("key", x, layout)
-    grads = query_pass(x, how, *_visits("query", x, layout), do, o, lse, d_lse, key_tiles)
+    do, d_lse, d_top = by_rows(do), *(t if t is None else t.contiguous() for t in (d_lse, d_top))
+    order = _tiles("key", x, layout)
+    found, rows = query_pass(x, how, *_visits("query", x, layout), order, o, lse, arg, do, d_lse, d_top)
     needed = dict(zip(LEARNED, need))
     if any(needed[name] for name in ("k", "v", "key_bias", "k_factor")):
-        grads |= key_pass(x, how, *_visits("key", x, layout), do, grads["rows"])
+        found |= key_pass(x, how, *_visits("key", x, layout), do, rows)
     if slopes is not None:
-        grads["slopes"] = grads["slopes"].sum((0, 2))
+        found["slopes"] = found["slopes"].sum((0, 2))
     results = []
     for name, wanted in needed.items():
         like = getattr(x, name)
         if not wanted or like is None:
             results.append(q.new_empty(0, dtype=q.dtype if name in ("q", "k", "v") else torch.float32))
         elif name in ("q", "k", "v"):
-            results.append(reduce_heads(grads[name], like.shape[2]))
+            results.append(reduce_heads(found[name], like.shape[2]))
         else:
-            results.append(grads[name].sum_to_size(like.shape))
+            results.append(found[name].sum_to_size(like.shape))
     return results
 
 
@@ -139,29 +143,30 @@ sparse_backward_op = torch.library.custom_op("subquad::sparse_attention_backward
 
 
 @sparse_backward_op.register_fake
-def _(do: Any, d_lse: Any, o: Any, lse: Any, *rest: Any) -> list[Tensor]:
-    return [
-        (lse if x is None else x).new_empty(0) if not wanted or x is None else x.new_empty(x.shape)
-        for x, wanted in zip(rest[: len(LEARNED)], rest[-1])
-    ]
+def _(do: Any, d_lse: Any, d_top: Any, o: Any, lse: Any, arg: Any, *rest: Any) -> list[Tensor]:
+    some = zip(rest[: len(LEARNED)], rest[-1])
+    return [x.new_empty(x.shape) if wanted and x is not None else (lse if x is None else x).new_empty(0) for x, wanted in some]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     o, lse, kept = output
-    ctx.tensors = len(inputs) - 6
-    ctx.rest = inputs[ctx.tensors : -1]
-    ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(o, lse, *inputs[: ctx.tensors])
+    ctx.tensors = len(inputs) - 7
+    ctx.rest = inputs[ctx.tensors : -2]
+    arg = kept[1] if len(kept) > 1 else None
+    ctx.mark_non_differentiable(*kept[0 if arg is None else 1 :])
+    ctx.save_for_backward(o, lse, arg, *inputs[: ctx.tensors])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, do: Tensor | None, d_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    o, lse, *tensors = ctx.saved_tensors
+def _backward(ctx: Any, do: Tensor | None, d_lse: Tensor | None, *d_kept: Any) -> tuple[Tensor | None, ...]:
+    o, lse, arg, *tensors = ctx.saved_tensors
     need = [x is not None and wanted for x, wanted in zip(tensors[: len(LEARNED)], ctx.needs_input_grad)]
     do = torch.zeros_like(o) if do is None else do.to(o.dtype)
+    d_top = d_kept[0] if d_kept and arg is not None else None
+    d_top = d_top[0] if isinstance(d_top, list | tuple) else d_top  # an operator's list
     run: Any = torch.ops.subquad.sparse_attention_backward if traced(o) else backward
-    found = run(do, d_lse, o, lse, *tensors, *ctx.rest, need)
-    rest = [None] * (len(tensors) - len(LEARNED) + len(ctx.rest) + 1)
+    found = run(do, d_lse, d_top, o, lse, arg, *tensors, *ctx.rest, need)
+    rest = [None] * (len(tensors) - len(LEARNED) + len(ctx.rest) + 2)
     return (*(x if wanted else None for x, wanted in zip(found, need)), *rest)
 
 
@@ -174,7 +179,7 @@ def sparse_attention_fused(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, bias: Bias | None, key_bias: Tensor | None, q_pos: Tensor | None,
     k_pos: Tensor | None, scale: float, softcap: float | None, cu_seqlens: Tensor | None, stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(o ``[B, N, H, V]``, lse and, for `stats`, max ``[B, N, H]``, a constant)."""
+    """(o ``[B, N, H, V]``, lse and, for `stats`, max ``[B, N, H]``), all differentiable; the maximum's gradient goes to one of equals."""
     slopes, q_factor, k_factor = None, None, None
     if isinstance(bias, tuple):
         q_factor, k_factor = (by_rows(x.float()) for x in bias)
@@ -182,14 +187,15 @@ def sparse_attention_fused(
         slopes = bias.float().contiguous()
     key_bias = None if key_bias is None else by_rows(key_bias.float())
     q_pos, k_pos = (x if x is None or x.dim() == 2 else x[None] for x in (q_pos, k_pos))
+    given = (q, k, v, slopes, key_bias, q_factor, k_factor)
+    learns = stats and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     run: Any = torch.ops.subquad.sparse_attention if traced(q) else _eager
     o, lse, *kept = run(
-        q, k, v, slopes, key_bias, q_factor, k_factor, q_pos, k_pos, cu_seqlens, layout.index, layout.counts, layout.bits,
-        layout.bit_index, layout.starts, layout.stops, encode(layout.inner), layout.block_q, layout.block_k, float(scale),
-        float(softcap or 0), stats,
+        *given, q_pos, k_pos, cu_seqlens, layout.index, layout.counts, layout.bits, layout.bit_index, layout.starts, layout.stops,
+        encode(layout.inner), layout.block_q, layout.block_k, float(scale), float(softcap or 0), stats, learns,
     )  # fmt: skip
     kept = kept[0] if kept and isinstance(kept[0], list) else kept
     return o, lse, kept[0] if kept else None
 
 
-__all__ = ["InputError", "serves", "sparse_attention_fused"]
+__all__ = ["serves", "sparse_attention_fused"]

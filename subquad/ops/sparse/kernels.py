@@ -9,6 +9,8 @@ and for the gradient of the queries, with δ = Σ o·ȯ − (gradient of lse):
 
     p = 2^(s − lse)    ṡ = p·(ȯ·vᵀ − δ)    q̇ = scale · ṡ·k
 
+(the gradient of a row's maximum joins ṡ at the key that has it).
+
 `key_kernel` owns a tile of keys and goes through the tiles of queries that visit it:  v̇ = pᵀ·ȯ ,  k̇ = scale · ṡᵀ·q.
 
 Milakov & Gimelshein (arXiv 1805.02867); Dao: FlashAttention-2 (arXiv 2307.08691).
@@ -28,7 +30,7 @@ INF = tl.constexpr(float("inf"))
 @triton.jit
 def query_kernel(
     q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, q_factor, k_factor,
-    o_at, lse_at, top_at, do_at, log_at, delta_at, dq_at, d_slope, d_factor,
+    o_at, lse_at, top_at, arg_at, do_at, d_lse, d_top, log_at, delta_at, top_rows, arg_rows, dq_at, d_slope, d_factor,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, qp_b, kp_b, kb_b, kb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
     n, m, tiles, blocks, entries, row_tiles, scale,
     GRAD: tl.constexpr, H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, LISTS: tl.constexpr, ROWS: tl.constexpr,
@@ -66,19 +68,25 @@ def query_kernel(
         do = rows_of(do_at + b * do_b + q_first * do_n + h * do_h, rows, do_n, q_in, v_cols, V, BV, True)
         o = tl.load(o_at + at[:, None] * V + v_cols[None, :], mask=q_in[:, None] & (v_cols < V)[None, :], other=0.0)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        if top_at is not None:  # the gradient of lse
-            delta -= tl.load(top_at + at, mask=q_in, other=0.0)
+        if d_lse is not None:
+            delta -= tl.load(d_lse + at, mask=q_in, other=0.0)
         lse = tl.load(lse_at + at, mask=q_in, other=INF) * LOG2E
         lse = tl.where(lse == -INF, INF, lse)  # rows that see nothing
         there = (b * H + h) * row_tiles * S + place_of(q0, q1, q2, S, G0, G1, G2, S0, S1, S2)
         tl.store(delta_at + there, delta, mask=q_in)
         tl.store(log_at + there, lse, mask=q_in)
+        if d_top is not None:
+            of_top = tl.load(d_top + at, mask=q_in, other=0.0)
+            arg = tl.load(arg_at + at, mask=q_in, other=-1)
+            tl.store(top_rows + there, of_top, mask=q_in)
+            tl.store(arg_rows + there, arg, mask=q_in)
         bends = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, BD], tl.float32)
     else:
         top = tl.full([M], -INF, tl.float32)
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, BV], tl.float32)
+        arg = tl.full([M], -1, tl.int32)
     near, c0, c1, c2 = within(N, G0, G1, G2, B0, B1, B2)
     part = offsets + which * (2 * tiles + 1) + 2 * tile
     for PARTIAL in tl.static_range(2):
@@ -109,6 +117,8 @@ def query_kernel(
             if GRAD:
                 p = tl.exp2(s - lse[:, None])
                 ds = p * (tl.dot(do, tl.trans(v), input_precision=IP) - delta[:, None])
+                if d_top is not None:
+                    ds += tl.where((begin + near)[None, :] == arg[:, None], of_top[:, None], 0.0)
                 if slopes is not None:
                     bends += tl.sum(ds * tl.abs(qp - kp).to(tl.float32), 1)
                 if k_factor is not None:
@@ -117,7 +127,11 @@ def query_kernel(
                     ds *= 1.0 - bend * bend
                 acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=IP)
             else:
-                higher = tl.maximum(top, tl.max(s, 1))
+                highest = tl.max(s, 1)
+                higher = tl.maximum(top, highest)
+                if arg_at is not None:  # the key of the maximum, the last one of equals within a tile
+                    here = tl.max(tl.where(s == highest[:, None], (begin + near)[None, :], -1), 1)
+                    arg = tl.where(highest > top, here, arg)
                 base = higher
                 if PARTIAL or key_bias is not None:  # a row that has seen nothing yet has no finite maximum
                     base = tl.where(higher == -INF, 0.0, higher)
@@ -140,12 +154,14 @@ def query_kernel(
         tl.store(lse_at + at, (top + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2E, mask=q_in)
         if top_at is not None:
             tl.store(top_at + at, top / LOG2E, mask=q_in)
+        if arg_at is not None:
+            tl.store(arg_at + at, arg, mask=q_in)
 
 
 @triton.jit
 def key_kernel(
     q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, q_factor, k_factor,
-    log_at, delta_at, do_at, dk_at, dv_at, d_bias, d_factor,
+    log_at, delta_at, top_rows, arg_rows, do_at, dk_at, dv_at, d_bias, d_factor,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, qp_b, kp_b, kb_b, kb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
     n, m, tiles, blocks, entries, row_tiles, scale,
     H: tl.constexpr, HS: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, LISTS: tl.constexpr, ROWS: tl.constexpr,
@@ -217,6 +233,9 @@ def key_kernel(
                 do = rows_of(do_at + b * do_b + q_first * do_n + h * do_h, near, do_n, q_in, v_cols, V, BV, True)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=IP)
                 ds = p * (tl.dot(v, tl.trans(do), input_precision=IP) - tl.load(delta_at + at)[None, :])
+                if top_rows is not None:
+                    here = (first + rows)[:, None] == tl.load(arg_rows + at)[None, :]
+                    ds += tl.where(here, tl.load(top_rows + at)[None, :], 0.0)
                 if key_bias is not None:
                     sums += tl.sum(ds, 1)
                 if k_factor is not None:

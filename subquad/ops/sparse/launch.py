@@ -88,45 +88,66 @@ class How(NamedTuple):
     softcap: float
 
 
-def forward_pass(x: Inputs, how: How, tiles: Tiling, lists: Lists, stats: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """o, lse and, for `stats`, the maximum."""
+class Rows(NamedTuple):
+    """What the gradients of keys read of each query, in the order of that kernel's tiles ``[B, H, span]``.
+
+    Args:
+        log, delta: lse in units of log 2, and Σ o·ȯ less the gradient of lse.
+        top, arg: the gradient of the maximum and the key that has it, or None.
+    """
+
+    log: Tensor
+    delta: Tensor
+    top: Tensor | None
+    arg: Tensor | None
+
+
+def forward_pass(
+    x: Inputs, how: How, tiles: Tiling, lists: Lists, stats: bool, learns: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """o, lse and, for `stats`, the maximum and, if it `learns`, the key that has it."""
     shape = (*x.q.shape[:2], x.heads)
     o, lse = x.q.new_empty(*shape, x.v.shape[3]), x.q.new_empty(shape, dtype=torch.float32)
     top = torch.empty_like(lse) if stats else None
-    _run("forward", x, how, tiles, lists, tiles, x.heads, None, (o, lse, top, *[None] * 6))
-    return o, lse, top
+    arg = torch.empty_like(lse, dtype=torch.int32) if stats and learns else None
+    _run("forward", x, how, tiles, lists, tiles, x.heads, None, (o, lse, top, arg, *[None] * 10))
+    return o, lse, top, arg
 
 
 def query_pass(
-    x: Inputs, how: How, tiles: Tiling, lists: Lists, do: Tensor, o: Tensor, lse: Tensor, d_lse: Tensor | None, order: Tiling
-) -> dict[str, Tensor]:
-    """Gradients: of q, of slopes ``[B, H, tiles]`` and of the factor of queries; and what `key_pass` reads of each row, in the
-    `order` of its tiles."""
+    x: Inputs, how: How, tiles: Tiling, lists: Lists, order: Tiling, o: Tensor, lse: Tensor, arg: Tensor | None,
+    do: Tensor, d_lse: Tensor | None, d_top: Tensor | None,
+) -> tuple[dict[str, Tensor], Rows]:  # fmt: skip
+    """Gradients of q, of slopes ``[B, H, tiles]`` and of the factor of queries; and what `key_pass` reads, in the `order` of its tiles."""
     shape = (*x.q.shape[:2], x.heads)
-    rows = lse.new_empty(2, shape[0], shape[2], order.counts(shape[1], 0)[0] * order.q)
-    if rows.shape[3] > shape[1]:  # rows that are not there weigh nothing
-        rows[0].fill_(torch.inf)
-        rows[1].zero_()
-    found = {"q": x.q.new_empty(*shape, x.q.shape[3]), "rows": rows}
+    span = order.counts(shape[1], 0)[0] * order.q
+    held = lse.new_empty(3 if d_top is not None else 2, shape[0], shape[2], span)
+    args = None if d_top is None else lse.new_empty(held.shape[1:], dtype=torch.int32)
+    if span > shape[1]:  # rows that are not there weigh nothing
+        held[0].fill_(torch.inf)
+        held[1:].zero_()
+        args = args if args is None else args.fill_(-1)
+    rows = Rows(held[0], held[1], None if d_top is None else held[2], args)
+    found = {"q": x.q.new_empty(*shape, x.q.shape[3])}
     if x.slopes is not None:
         found["slopes"] = lse.new_empty(shape[0], shape[2], tiles.counts(shape[1], x.k.shape[1])[0])
     if x.q_factor is not None:
         found["q_factor"] = lse.new_empty(*shape, x.q_factor.shape[3])
-    outputs = (o, lse, d_lse, do, rows[0], rows[1], found["q"], found.get("slopes"), found.get("q_factor"))
+    outputs = (o, lse, None, arg, do, d_lse, d_top, *rows, found["q"], found.get("slopes"), found.get("q_factor"))
     _run("query", x, how, tiles, lists, order, x.heads, do, outputs)
-    return found
+    return found, rows
 
 
-def key_pass(x: Inputs, how: How, tiles: Tiling, lists: Lists, do: Tensor, rows: Tensor) -> dict[str, Tensor]:
+def key_pass(x: Inputs, how: How, tiles: Tiling, lists: Lists, do: Tensor, rows: Rows) -> dict[str, Tensor]:
     """Gradients: of k and v, by their heads or by all, of the bias and of the factor of keys by all heads."""
     batch, m, heads = x.k.shape[0], x.k.shape[1], x.heads
     shared = x.k.shape[2] if x.k.shape[2] == x.v.shape[2] and x.k.shape[2] % lists.heads == 0 else heads
     found = {"k": x.k.new_empty(batch, m, shared, x.k.shape[3]), "v": x.v.new_empty(batch, m, shared, x.v.shape[3])}
     if x.key_bias is not None:
-        found["key_bias"] = rows.new_empty(batch, heads, m)
+        found["key_bias"] = rows.log.new_empty(batch, heads, m)
     if x.k_factor is not None:
-        found["k_factor"] = rows.new_empty(batch, m, heads, x.k_factor.shape[3])
-    outputs = (rows[0], rows[1], do, found["k"], found["v"], found.get("key_bias"), found.get("k_factor"))
+        found["k_factor"] = rows.log.new_empty(batch, m, heads, x.k_factor.shape[3])
+    outputs = (*rows, do, found["k"], found["v"], found.get("key_bias"), found.get("k_factor"))
     _run("key", x, how, tiles, lists, tiles, shared, do, outputs)
     return found
 

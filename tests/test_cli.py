@@ -175,3 +175,54 @@ def test_bench_asks_for_its_folder_before_it_measures(tmp_path, monkeypatch):
     monkeypatch.undo()
     refused(call("bench", "softmax", "--kv-heads", "4", "--tokens", "64", "--out", tmp_path / "out"), "heads")
     assert not (tmp_path / "out").exists()
+
+
+GNA = ["simulate-gna", "--grid", "30x48x80", "--window", "18x24x24"]
+
+
+def test_simulate_gna_counts_what_it_is_asked(tmp_path):
+    """HunyuanVideo at 91 %: 900 key tiles, of which 9 · 3 · 3 are visited at the stride that needs no mask."""
+    one = [*GNA, "--stride", "16x8x8", "--tiles-q", "4x8x8", "--tiles-k", "2x8x8", "--share", "0.607"]
+    (row,) = json.loads(call(*one, "--json").stdout)["rows"]
+    assert row["worst"] == 81 and row["bound"] == pytest.approx(900 / 81) and row["partial"] == 0
+    assert row["end_to_end"] == pytest.approx(1 / (0.393 + 0.607 * 81 / 900))
+    assert [(axis["first"][0], axis["last"][0]) for axis in row["axes"]] == [(0, 8), (0, 2), (0, 2)]
+    shown = call(*one).stdout
+    assert "16x8x8" in shown and "2.23×" in shown and "ideal 11.11×" in shown
+    read = json.loads(call(*GNA, "--stride", "all", "--tiles-q", "4x8x8", "--tiles-k", "2x8x8", "--json").stdout)
+    assert [tuple(row["stride"]) for row in read["rows"]][-1] == (16, 8, 8) and len(read["rows"]) == 7
+    pytest.importorskip("matplotlib")
+    for stride, name in (("all", "strides.png"), ("1", "tiles.svg")):
+        assert call(*GNA, "--stride", stride, "--tiles-q", "64,128", "--top", 3, "--plot", tmp_path / name).exit_code == 0
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_simulate_gna_takes_dilation_and_causal_axes():
+    shape = ["--grid", "8x12", "--window", "2x3", "--dilation", "1x4", "--causal", "0"]
+    read = json.loads(call("simulate-gna", *shape, "--tiles-q", "1x1", "--tiles-k", "1x1", "--json").stdout)
+    assert read["causal"] == [True, False] and read["dilation"] == [1, 4]
+    assert read["rows"][0]["density"] == pytest.approx((15 / 64) * (3 / 12))  # one key in the first row, two after; three in each column
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--grid", "30x48"], "expected at most 30"),
+        (["--grid", "30x48x80x2"], "--grid"),
+        (["--window", "0x3x3"], "--window: got '0x3x3'"),
+        (["--window", "3x3"], "--window: got '3x3'; expected one or 3 positive integers"),
+        (["--stride", "some"], "--stride"),
+        (["--stride", "32x1x1"], "stride: got 32"),
+        (["--causal", "3"], "axes of 0 … 2"),
+        (["--tiles-q", "4x8"], "--tiles-q: got '4x8'; expected 3 sides"),
+        (["--tiles-k", "0"], "--tiles-k"),
+        (["--share", "1.5"], "--share"),
+        (["--plot", "out.xyz"], "--plot"),
+        (["--plot", "/nowhere/out.png"], "--plot"),
+    ],
+)
+def test_simulate_gna_refuses_in_one_line(arguments, part):
+    given = dict(zip(GNA[1::2], GNA[2::2])) | dict(zip(arguments[::2], arguments[1::2]))
+    if arguments[0] == "--grid":
+        given["--window"] = "40"
+    refused(call("simulate-gna", *(x for pair in given.items() for x in pair)), part)

@@ -84,6 +84,27 @@ def test_swap_before_and_after(folder, text, tmp_path):
     refused(call(*arguments), "--out", "a finished run")
 
 
+def test_alternating_layers(folder, text, tmp_path):
+    """Three layers swapped, the fourth kept: windows as long as the held-out ones change nothing, and only the fourth grows."""
+    out = tmp_path / "out"
+    arguments = [
+        "swap", folder, "--to", "sliding-window:window=64,sinks=0", "--to", "lolcats:window=64", "--to", "sliding-window:window=8,sinks=0",
+        "--layers", "3:1", "--distill", 1, "--text", text, "--window", 64, "--windows", 2, "--length", 32, "--prompts", 0, "--lengths", "32",
+        "--out", out,
+    ]  # fmt: skip
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    original, window, lolcats, short, taught = (subquad.Report.load(out).rows[i] for i in (0, 1, 2, 4, 3))
+    assert [row.layers for row in (original, window, lolcats, short)] == ["0 of 4", *["3 of 4"] * 3]
+    assert window.nll == pytest.approx(original.nll, abs=1e-5)
+    assert lolcats.nll == pytest.approx(original.nll, abs=1e-5)
+    assert abs(short.nll - original.nll) > 1e-3
+    # per layer and token 2 heads of 8 keys and 8 values in float32
+    assert original.bytes_64k == 4 * 65536 * 128 and short.bytes_64k == (3 * 8 + 65536) * 128
+    config = json.loads((out / taught.saved / "config.json").read_text())
+    assert set(config["subquad"]["layers"]) == {"0", "1", "2"}
+
+
 def test_swap_refuses_in_one_line(folder, text, tmp_path):
     out = tmp_path / "out"
     base = ["swap", folder, "--text", text, "--out", out, "--window", 64, "--windows", 1]

@@ -89,8 +89,8 @@ def test_alternating_layers(folder, text, tmp_path):
     out = tmp_path / "out"
     arguments = [
         "swap", folder, "--to", "sliding-window:window=64,sinks=0", "--to", "lolcats:window=64", "--to", "sliding-window:window=8,sinks=0",
-        "--layers", "3:1", "--distill", 1, "--text", text, "--window", 64, "--windows", 2, "--length", 32, "--prompts", 0, "--lengths", "32",
-        "--out", out,
+        "--layers", "3:1", "--distill", 1, "--text", text, "--window", 64, "--windows", 2, "--length", 32, "--prompts", 0,
+        "--lengths", "32", "--out", out,
     ]  # fmt: skip
     result = call(*arguments)
     assert result.exit_code == 0, result.output

@@ -247,3 +247,29 @@ def test_simulate_gna_refuses_in_one_line(arguments, part):
     if arguments[0] == "--grid":
         given["--window"] = "40"
     refused(call("simulate-gna", *(x for pair in given.items() for x in pair)), part)
+
+
+def test_swap_sweeps_a_setting(folder, text, tmp_path):
+    out = tmp_path / "out"
+    base = [
+        "swap",
+        folder,
+        "--to",
+        "sliding-window:sinks=0",
+        "--text",
+        text,
+        "--window",
+        64,
+        "--windows",
+        1,
+        "--prompts",
+        0,
+        "--lengths",
+        "16",
+    ]
+    result = call(*base, "--sweep", "window=8,64", "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [(r["base"], r["setting"]) for r in rows[1:]] == [("sliding-window:sinks=0", f"window={w}") for w in (8, 64)]
+    assert "by density" in result.stdout
+    refused(call(*base, "--sweep", "windw=8,64", "--out", tmp_path / "new"), "--sweep", "nearest: window")

@@ -207,7 +207,7 @@ def test_simulate_gna_counts_what_it_is_asked(tmp_path):
     (row,) = json.loads(call(*one, "--json").stdout)["rows"]
     assert row["worst"] == 81 and row["bound"] == pytest.approx(900 / 81) and row["partial"] == 0
     assert row["end_to_end"] == pytest.approx(1 / (0.393 + 0.607 * 81 / 900))
-    assert [(axis["first"][0], axis["last"][0]) for axis in row["axes"]] == [(0, 8), (0, 2), (0, 2)]
+    assert [(axis["first"][0], axis["last"][0]) for (axis,) in row["axes"]] == [(0, 8), (0, 2), (0, 2)]
     shown = call(*one).stdout
     assert "16x8x8" in shown and "2.23×" in shown and "ideal 11.11×" in shown
     read = json.loads(call(*GNA, "--stride", "all", "--tiles-q", "4x8x8", "--tiles-k", "2x8x8", "--json").stdout)

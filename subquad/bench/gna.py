@@ -14,14 +14,15 @@ Hassani et al.: Generalized Neighborhood Attention (arXiv 2504.16922), their sim
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
 
 import numpy as np
 
+from subquad.bench.progress import Advance, bar
 from subquad.checks import InputError
 from subquad.ops.sparse.grids import Neighborhood
 
@@ -29,56 +30,69 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Line:
-    """Tiles along one axis; `first` and `last` are the key tiles that each query tile visits, one residue class after another.
+class Axis:
+    """What there is to know of one axis: its side, window, stride, dilation, causal flag, tiles, and how key tiles are laid."""
+
+    side: int
+    window: int
+    stride: int
+    dilation: int
+    causal: bool
+    tile_q: int
+    tile_k: int
+    dynamic: bool
+
+    def visits(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """For each residue class: of every query tile the first and last key tile it visits, the first and last it sees whole, and
+        of every query the number of its keys.
+
+        Dynamic key tiles begin at the first key of each query tile, and are numbered from there.
+        """
+        rule = Neighborhood((self.side,), (self.window,), (self.stride,), (self.dilation,), (self.causal,))
+        for residue in range(self.dilation):
+            size = -(-(self.side - residue) // self.dilation)
+            j = np.arange(size)
+            start, end = (np.broadcast_to(x, j.shape) for x in rule.along(0, j, size))
+            i0 = np.arange(0, size, self.tile_q)
+            i1 = np.minimum(i0 + self.tile_q, size) - 1
+            a, b = start[i0], end[i1]
+            origin, border = (a, b) if self.dynamic else (0 * a, 0 * a + size - 1)  # the last tile is cropped at the border
+            whole = -(-(start[i1] - origin) // self.tile_k)
+            until = np.where(end[i0] == border, (border - origin) // self.tile_k, (end[i0] + 1 - origin) // self.tile_k - 1)
+            yield (a - origin) // self.tile_k, (b - origin) // self.tile_k, whole, until, end - start + 1
+
+
+@dataclass(frozen=True)
+class Count:
+    """Tiles along one axis, all residue classes together.
 
     Args:
-        classes: the residue class of each query tile.
         all_k: key tiles of the undilated axis, as dense attention has them.
-        full: pairs of tiles in which every real query sees every real key.
+        visited, full: pairs of tiles that are computed, and those in which every real query sees every real key.
+        worst: key tiles of the query tile that visits most.
         pairs: pairs of a query and a key that it sees.
     """
 
-    classes: Shape
-    first: Shape
-    last: Shape
     all_k: int
+    visited: int
     full: int
+    worst: int
     pairs: int
-
-    @property
-    def visited(self) -> int:
-        return sum(b - a + 1 for a, b in zip(self.first, self.last))
-
-    @property
-    def worst(self) -> int:
-        return max(b - a + 1 for a, b in zip(self.first, self.last))
 
 
 @lru_cache(maxsize=1 << 16)
-def along(side: int, window: int, stride: int, dilation: int, causal: bool, tile_q: int, tile_k: int, dynamic: bool) -> Line:
-    """The tiles of one axis. With `dynamic`, key tiles begin at each query tile's first key, and are numbered from there."""
-    rule = Neighborhood((side,), (window,), (stride,), (dilation,), (causal,))
-    classes: list[int] = []
-    first: list[int] = []
-    last: list[int] = []
-    full = pairs = 0
-    for residue in range(dilation):
-        size = -(-(side - residue) // dilation)
-        j = np.arange(size)
-        start, end = (np.broadcast_to(x, j.shape) for x in rule.along(0, j, size))
-        pairs += int((end - start + 1).sum())
-        i0 = np.arange(0, size, tile_q)
-        i1 = np.minimum(i0 + tile_q, size) - 1
-        a, b = start[i0], end[i1]
-        origin, border = (a, b) if dynamic else (0 * a, 0 * a + size - 1)  # the last tile is cropped at the border
-        whole = -(-(start[i1] - origin) // tile_k)
-        until = np.where(end[i0] == border, (border - origin) // tile_k, (end[i0] + 1 - origin) // tile_k - 1)
+def count(axis: Axis) -> Count:
+    visited = full = worst = pairs = 0
+    for first, last, whole, until, keys in axis.visits():
+        visited += int((last - first + 1).sum())
+        worst = max(worst, int((last - first + 1).max(initial=0)))
         full += int(np.maximum(until - whole + 1, 0).sum())
-        classes += [residue] * len(i0)
-        first += ((a - origin) // tile_k).tolist()
-        last += ((b - origin) // tile_k).tolist()
-    return Line(tuple(classes), tuple(first), tuple(last), -(-side // tile_k), full, pairs)
+        pairs += int(keys.sum())
+    return Count(-(-axis.side // axis.tile_k), visited, full, worst, pairs)
+
+
+def axis_of(rule: Neighborhood, i: int, stride: int, tile_q: int, tile_k: int, dynamic: bool) -> Axis:
+    return Axis(rule.grid[i], rule.window[i], stride, rule.dilation[i], rule.causal[i], tile_q, tile_k, dynamic)
 
 
 @dataclass(frozen=True)
@@ -111,9 +125,12 @@ class Tiling:
                 raise InputError(name, tile, f"{len(self.rule.grid)} positive integers, as many as the grid has axes")
 
     @property
-    def axes(self) -> list[Line]:
-        r = self.rule
-        return [along(*axis, self.dynamic) for axis in zip(r.grid, r.window, r.stride, r.dilation, r.causal, self.tile_q, self.tile_k)]
+    def axes(self) -> list[Axis]:
+        return [axis_of(self.rule, i, self.rule.stride[i], q, k, self.dynamic) for i, (q, k) in enumerate(zip(self.tile_q, self.tile_k))]
+
+    @cached_property
+    def counts(self) -> list[Count]:
+        return [count(axis) for axis in self.axes]
 
     @property
     def tokens(self) -> int:
@@ -122,26 +139,26 @@ class Tiling:
     @property
     def density(self) -> float:
         """The share of all pairs that is seen."""
-        return prod(x.pairs for x in self.axes) / self.tokens**2
+        return prod(x.pairs for x in self.counts) / self.tokens**2
 
     @property
     def ideal(self) -> float:
-        return self.tokens**2 / prod(x.pairs for x in self.axes)
+        return self.tokens**2 / prod(x.pairs for x in self.counts)
 
     @property
     def visited(self) -> int:
         """Pairs of a query tile and a key tile that are computed."""
-        return prod(x.visited for x in self.axes)
+        return prod(x.visited for x in self.counts)
 
     @property
     def worst(self) -> int:
         """Key tiles of the query tile that visits most."""
-        return prod(x.worst for x in self.axes)
+        return prod(x.worst for x in self.counts)
 
     @property
     def partial(self) -> float:
         """The share of the visited tiles that need a mask."""
-        return 1 - prod(x.full for x in self.axes) / self.visited
+        return 1 - prod(x.full for x in self.counts) / self.visited
 
     @property
     def reachable(self) -> float:
@@ -149,7 +166,7 @@ class Tiling:
 
     @property
     def bound(self) -> float:
-        return prod(x.all_k for x in self.axes) / self.worst
+        return prod(x.all_k for x in self.counts) / self.worst
 
     @property
     def shared(self) -> int:
@@ -167,21 +184,30 @@ def shapes_of(tokens: int, grid: Sequence[int]) -> list[Shape]:
     return [shape for shape in product(*sides) if prod(shape) == tokens]
 
 
-def ranked(rule: Neighborhood, tiles_q: Iterable[Shape], tiles_k: Iterable[Shape], *, dynamic: bool = False) -> list[Tiling]:
+def ranked(
+    rule: Neighborhood, tiles_q: Sequence[Shape], tiles_k: Sequence[Shape], *, dynamic: bool = False, progress: bool = False
+) -> list[Tiling]:
     """Every pair of tile shapes, the greatest reachable speed-up first, then the fewest partial tiles."""
     found = [Tiling(rule, q, k, dynamic) for q, k in product(tiles_q, tiles_k)]
+    with bar("tiles", len(found), show=progress) as advance:
+        for one in found:
+            _ = one.counts
+            advance()
     return sorted(found, key=lambda x: (-x.reachable, x.partial, -x.bound, x.tile_q, x.tile_k))
 
 
-def frontier(rule: Neighborhood, tiles_q: Iterable[Shape], tiles_k: Iterable[Shape], *, dynamic: bool = False) -> list[Tiling]:
+def frontier(
+    rule: Neighborhood, tiles_q: Sequence[Shape], tiles_k: Sequence[Shape], *, dynamic: bool = False, progress: bool = False
+) -> list[Tiling]:
     """Over all strides and tiles: those that no stride with as few or fewer queries to a window reaches, few queries first."""
     best: dict[Shape, Tiling] = {}
-    for q, k in product(tiles_q, tiles_k):
-        useful = [_useful(rule, axis, q[axis], k[axis], dynamic) for axis in range(len(rule.grid))]
-        for stride in product(*useful):
-            one = Tiling(replace(rule, stride=stride), q, k, dynamic)
-            if stride not in best or _order(one) < _order(best[stride]):
-                best[stride] = one
+    with bar("strides", len(tiles_q) * len(tiles_k) * sum(rule.window), show=progress) as advance:
+        for q, k in product(tiles_q, tiles_k):
+            useful = [_useful(rule, i, q[i], k[i], dynamic, advance) for i in range(len(rule.grid))]
+            for stride in product(*useful):
+                one = Tiling(replace(rule, stride=stride), q, k, dynamic)
+                if stride not in best or _order(one) < _order(best[stride]):
+                    best[stride] = one
     kept: list[Tiling] = []
     for one in sorted(best.values(), key=lambda x: (x.shared, *_order(x), x.rule.stride)):
         if not kept or one.reachable > kept[-1].reachable * (1 + 1e-12):
@@ -193,16 +219,17 @@ def _order(x: Tiling) -> tuple[float, float]:
     return -x.reachable, x.partial
 
 
-def _useful(rule: Neighborhood, axis: int, tile_q: int, tile_k: int, dynamic: bool) -> list[int]:
-    """The strides of one axis that visit fewer tiles than every smaller one: tiles multiply, so others gain nothing."""
+def _useful(rule: Neighborhood, i: int, tile_q: int, tile_k: int, dynamic: bool, advance: Advance) -> list[int]:
+    """The strides of an axis that visit fewer tiles than every smaller one: tiles multiply over the axes, so others gain nothing."""
     kept: list[int] = []
     least = None
-    for stride in range(1, rule.window[axis] + 1):
-        line = along(rule.grid[axis], rule.window[axis], stride, rule.dilation[axis], rule.causal[axis], tile_q, tile_k, dynamic)
-        if least is None or line.visited < least:
-            least = line.visited
+    for stride in range(1, rule.window[i] + 1):
+        visited = count(axis_of(rule, i, stride, tile_q, tile_k, dynamic)).visited
+        if least is None or visited < least:
+            least = visited
             kept.append(stride)
+        advance()
     return kept
 
 
-__all__ = ["Line", "Tiling", "along", "frontier", "ranked", "shapes_of"]
+__all__ = ["Axis", "Count", "Tiling", "count", "frontier", "ranked", "shapes_of"]

@@ -45,7 +45,7 @@ def run(
         raise InputError("--share", share, "a number above 0 and at most 1")
     if plot is not None:
         check_plot(plot)
-    every = (frontier if stride == ALL else ranked)(rule, boxes_q, boxes_k, dynamic=dynamic)
+    every = (frontier if stride == ALL else ranked)(rule, boxes_q, boxes_k, dynamic=dynamic, progress=True)
     rows = every[-top:] if stride == ALL else every[:top]
     if plot is not None:
         with writing("--plot", plot):
@@ -121,12 +121,12 @@ def about(rule: Neighborhood, dynamic: bool) -> dict[str, Any]:
 
 
 def facts(row: Tiling, share: float | None) -> dict[str, Any]:
-    """A row of the table in full, with the key tiles that each query tile visits, axis by axis."""
+    """A row of the table in full, with the key tiles that each query tile visits, axis by axis and class by class."""
     return {
         "stride": row.rule.stride, "tile_q": row.tile_q, "tile_k": row.tile_k, "density": row.density, "ideal": row.ideal,
         "reachable": row.reachable, "bound": row.bound, "visited": row.visited, "worst": row.worst, "partial": row.partial,
         **({} if share is None else {"end_to_end": row.end_to_end(share)}),
-        "axes": [{"class": line.classes, "first": line.first, "last": line.last} for line in row.axes],
+        "axes": [[{"first": first.tolist(), "last": last.tolist()} for first, last, *_ in axis.visits()] for axis in row.axes],
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: `subquad list | show | swap | train | bench | spectrum | flops | tune | doctor`.
+"""The command line: `subquad list | show | swap | train | bench | spectrum | flops | simulate-gna | tune | doctor`.
 
 Bad input of any kind is one line on standard error and exit status 2. What is heavy is imported inside the commands.
 """
@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 from subquad import contract
 from subquad._version import __version__
 from subquad.checks import InputError, nearest
+from subquad.cli_simulate import simulate_gna
 from subquad.cli_train import train_app
 
 CAPABILITIES = ("causal", "bidirectional", "needs_grid", "recurrent", "training_free", "needs_hidden")
@@ -209,6 +210,7 @@ def _usage(name: str, options: dict[str, Any], card: contract.Card, heads: int, 
 def swap(
     model: Annotated[str, typer.Argument(help="smollm2-135m (embedded), a local folder, or a hub id.")],
     to: Annotated[list[str], typer.Option(help="A mechanism, with options: NAME:option=value,…; repeat for several.")],
+    sweep: Annotated[list[str] | None, typer.Option(help="Settings of an option, each a row: window=64,128,256; repeat to cross.")] = None,
     layers: Annotated[str, typer.Option(help="all, a ratio (3:1: three swapped, one kept), or indices (0,2,4-7,-1).")] = "all",
     distill: Annotated[int, typer.Option(min=0, help="Steps of attention transfer for what has new parameters.")] = 0,
     text: Annotated[list[Path] | None, typer.Option(help="Text files, to teach and to measure on (default: the embedded book).")] = None,
@@ -235,16 +237,19 @@ def swap(
 
       subquad swap smollm2-135m --to lolcats --to gla --distill 200 --out runs/first
 
+      subquad swap smollm2-135m --to sliding-window --sweep window=64,128,256,512 --out runs/density
+
       subquad swap ./my-llama --to lolcats --layers 3:1 --distill 500 --text corpus.txt --out runs/mine
     """
-    from subquad.bench.choice import integers, parse_choice
+    from subquad.bench import choice
     from subquad.bench.job import Job, run_job
 
+    chosen = choice.sweep("--sweep", [choice.parse_choice("--to", one) for one in to], sweep or ())
     job = Job(
-        model=model, to=tuple(parse_choice("--to", one) for one in to), layers=layers, steps=distill,
+        model=model, to=tuple(chosen), layers=layers, steps=distill,
         text=tuple(str(path) for path in text or ()),
         window=window, stride=stride, windows=windows, batch=batch, length=length, lr=lr, prompts=prompts,
-        lengths=tuple(integers("--lengths", lengths)), device=device, dtype=dtype, seed=seed,
+        lengths=tuple(choice.integers("--lengths", lengths)), device=device, dtype=dtype, seed=seed,
     )  # fmt: skip
     report = run_job(job, out, command=_command(), progress=True)
     report.print()
@@ -259,6 +264,7 @@ def _command() -> str:
 
 
 app.add_typer(train_app, name="train")
+app.command("simulate-gna")(simulate_gna)
 
 
 # ---- bench, tune and doctor ----------------------------------------------------------------------------------------

@@ -84,6 +84,27 @@ def test_swap_before_and_after(folder, text, tmp_path):
     refused(call(*arguments), "--out", "a finished run")
 
 
+def test_alternating_layers(folder, text, tmp_path):
+    """Three layers swapped, the fourth kept: windows as long as the held-out ones change nothing, and only the fourth grows."""
+    out = tmp_path / "out"
+    arguments = [
+        "swap", folder, "--to", "sliding-window:window=64,sinks=0", "--to", "lolcats:window=64", "--to", "sliding-window:window=8,sinks=0",
+        "--layers", "3:1", "--distill", 1, "--text", text, "--window", 64, "--windows", 2, "--length", 32, "--prompts", 0,
+        "--lengths", "32", "--out", out,
+    ]  # fmt: skip
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    original, window, lolcats, short, taught = (subquad.Report.load(out).rows[i] for i in (0, 1, 2, 4, 3))
+    assert [row.layers for row in (original, window, lolcats, short)] == ["0 of 4", *["3 of 4"] * 3]
+    assert window.nll == pytest.approx(original.nll, abs=1e-5)
+    assert lolcats.nll == pytest.approx(original.nll, abs=1e-5)
+    assert abs(short.nll - original.nll) > 1e-3
+    # per layer and token 2 heads of 8 keys and 8 values in float32
+    assert original.bytes_64k == 4 * 65536 * 128 and short.bytes_64k == (3 * 8 + 65536) * 128
+    config = json.loads((out / taught.saved / "config.json").read_text())
+    assert set(config["subquad"]["layers"]) == {"0", "1", "2"}
+
+
 def test_swap_refuses_in_one_line(folder, text, tmp_path):
     out = tmp_path / "out"
     base = ["swap", folder, "--text", text, "--out", out, "--window", 64, "--windows", 1]
@@ -175,3 +196,80 @@ def test_bench_asks_for_its_folder_before_it_measures(tmp_path, monkeypatch):
     monkeypatch.undo()
     refused(call("bench", "softmax", "--kv-heads", "4", "--tokens", "64", "--out", tmp_path / "out"), "heads")
     assert not (tmp_path / "out").exists()
+
+
+GNA = ["simulate-gna", "--grid", "30x48x80", "--window", "18x24x24"]
+
+
+def test_simulate_gna_counts_what_it_is_asked(tmp_path):
+    """HunyuanVideo at 91 %: 900 key tiles, of which 9 · 3 · 3 are visited at the stride that needs no mask."""
+    one = [*GNA, "--stride", "16x8x8", "--tiles-q", "4x8x8", "--tiles-k", "2x8x8", "--share", "0.607"]
+    (row,) = json.loads(call(*one, "--json").stdout)["rows"]
+    assert row["worst"] == 81 and row["bound"] == pytest.approx(900 / 81) and row["partial"] == 0
+    assert row["end_to_end"] == pytest.approx(1 / (0.393 + 0.607 * 81 / 900))
+    assert [(axis["first"][0], axis["last"][0]) for (axis,) in row["axes"]] == [(0, 8), (0, 2), (0, 2)]
+    shown = call(*one).stdout
+    assert "16x8x8" in shown and "2.23×" in shown and "ideal 11.11×" in shown
+    read = json.loads(call(*GNA, "--stride", "all", "--tiles-q", "4x8x8", "--tiles-k", "2x8x8", "--json").stdout)
+    assert [tuple(row["stride"]) for row in read["rows"]][-1] == (16, 8, 8) and len(read["rows"]) == 7
+    pytest.importorskip("matplotlib")
+    for stride, name in (("all", "strides.png"), ("1", "tiles.svg")):
+        assert call(*GNA, "--stride", stride, "--tiles-q", "64,128", "--top", 3, "--plot", tmp_path / name).exit_code == 0
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_simulate_gna_takes_dilation_and_causal_axes():
+    shape = ["--grid", "8x12", "--window", "2x3", "--dilation", "1x4", "--causal", "0"]
+    read = json.loads(call("simulate-gna", *shape, "--tiles-q", "1x1", "--tiles-k", "1x1", "--json").stdout)
+    assert read["causal"] == [True, False] and read["dilation"] == [1, 4]
+    assert read["rows"][0]["density"] == pytest.approx((15 / 64) * (3 / 12))  # one key in the first row, two after; three in each column
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--grid", "30x48"], "expected at most 30"),
+        (["--grid", "30x48x80x2"], "--grid"),
+        (["--window", "0x3x3"], "--window: got '0x3x3'"),
+        (["--window", "3x3"], "--window: got '3x3'; expected one or 3 positive integers"),
+        (["--stride", "some"], "--stride"),
+        (["--stride", "32x1x1"], "stride: got 32"),
+        (["--causal", "3"], "axes of 0 … 2"),
+        (["--tiles-q", "4x8"], "--tiles-q: got '4x8'; expected 3 sides"),
+        (["--tiles-k", "0"], "--tiles-k"),
+        (["--share", "1.5"], "--share"),
+        (["--plot", "out.xyz"], "--plot"),
+        (["--plot", "/nowhere/out.png"], "--plot"),
+    ],
+)
+def test_simulate_gna_refuses_in_one_line(arguments, part):
+    given = dict(zip(GNA[1::2], GNA[2::2])) | dict(zip(arguments[::2], arguments[1::2]))
+    if arguments[0] == "--grid":
+        given["--window"] = "40"
+    refused(call("simulate-gna", *(x for pair in given.items() for x in pair)), part)
+
+
+def test_swap_sweeps_a_setting(folder, text, tmp_path):
+    out = tmp_path / "out"
+    base = [
+        "swap",
+        folder,
+        "--to",
+        "sliding-window:sinks=0",
+        "--text",
+        text,
+        "--window",
+        64,
+        "--windows",
+        1,
+        "--prompts",
+        0,
+        "--lengths",
+        "16",
+    ]
+    result = call(*base, "--sweep", "window=8,64", "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [(r["base"], r["setting"]) for r in rows[1:]] == [("sliding-window:sinks=0", f"window={w}") for w in (8, 64)]
+    assert "by density" in result.stdout
+    refused(call(*base, "--sweep", "windw=8,64", "--out", tmp_path / "new"), "--sweep", "nearest: window")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,15 +19,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Choice:
-    """A mechanism and its options."""
+    """A mechanism and its options, of which `swept` are one setting of several (`sweep`)."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    swept: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         """As it is typed: ``sliding-window:window=64,sinks=4``."""
-        return self.name + (":" + ",".join(f"{k}={v}" for k, v in self.options.items()) if self.options else "")
+        return _label(self.name, self.options)
+
+    @property
+    def base(self) -> str:
+        """The label without the options that are swept."""
+        return _label(self.name, {k: v for k, v in self.options.items() if k not in self.swept})
+
+    @property
+    def setting(self) -> str:
+        """The options that are swept: ``window=64``."""
+        return ",".join(f"{name}={self.options[name]}" for name in self.swept)
 
     @property
     def resolved(self) -> str:
@@ -37,6 +50,10 @@ class Choice:
     def folder(self) -> str:
         """A file name for it."""
         return re.sub(r"[^A-Za-z0-9.=_-]+", "_", self.label)
+
+
+def _label(name: str, options: dict[str, Any]) -> str:
+    return name + (":" + ",".join(f"{k}={v}" for k, v in options.items()) if options else "")
 
 
 def parse_choice(argument: str, text: str) -> Choice:
@@ -60,6 +77,34 @@ def parse_choice(argument: str, text: str) -> Choice:
             raise InputError(argument, f"{option} twice in {text!r}", "each option once")
         options[option] = _value(value)
     return Choice(name, options)
+
+
+def sweep(argument: str, choices: Sequence[Choice], texts: Sequence[str]) -> list[Choice]:
+    """Each mechanism at every value of the swept options that it has; several are crossed.
+
+    >>> [c.label for c in sweep("--sweep", [Choice("gla"), Choice("sliding-window")], ["window=64,128"])]
+    ['gla', 'sliding-window:window=64', 'sliding-window:window=128']
+    """
+    swept: dict[str, list[Any]] = {}
+    known = {option for choice in choices for option in contract.option_defaults(contract.mechanism(choice.name))}
+    for text in texts:
+        option, _, rest = text.partition("=")
+        values = [_value(part) for part in _split(rest)]
+        if not values:
+            raise InputError(argument, repr(text), "OPTION=value,value,…")
+        if option not in known:
+            raise nearest(argument, option, known, f"option of {', '.join(choice.name for choice in choices) or 'a mechanism'}")
+        if option in swept or len({repr(value) for value in values}) < len(values):
+            raise InputError(argument, repr(text), "each option, and each of its values, once")
+        if any(option in choice.options for choice in choices):
+            raise InputError(argument, repr(text), f"{option} given here or with the mechanism, not both")
+        swept[option] = values
+    found = []
+    for choice in choices:
+        own = [name for name in swept if name in contract.option_defaults(contract.mechanism(choice.name))]
+        for setting in product(*(swept[name] for name in own)):
+            found.append(Choice(choice.name, {**dict(zip(own, setting)), **choice.options}, tuple(own)))
+    return found
 
 
 def _split(text: str) -> list[str]:

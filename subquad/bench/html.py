@@ -83,8 +83,10 @@ CONTEXT = Axis("context length, tokens", log=2, text=length_text)
 
 
 def report_page(report: Report) -> str:
+    from subquad.bench.density import sweep_figures, sweep_tables
     from subquad.bench.report import COLUMNS
 
+    swept = sweep_tables(report)
     rows = [[text(row) for _, text in COLUMNS] for row in report.rows]
     model = report.about.get("model", "a model")
     samples = "".join(
@@ -96,9 +98,11 @@ def report_page(report: Report) -> str:
         + table([head for head, _ in COLUMNS], rows)
         + soft(
             "nll: nats per token on held-out text. ratio: perplexity over the original’s. gap closed: share of the nats between the "
-            "untrained and the original model that distillation recovers. recall: key–value prompts answered exactly. "
+            "untrained and the original model that distillation recovers. recall: key–value prompts answered exactly. pairs seen: of the "
+            "pairs of a token with itself or one before it. "
             "A dash means: not measured, or not applicable."
         )
+        + (f'<h2>Against density</h2>{swept}<div class="plots">{sweep_figures(report)}</div>' if swept else "")
         + "<h2>What each keeps per sequence at 64k tokens</h2>"
         + items(report.keeps())
         + f'<h2>Plots</h2><div class="plots">{report_figures(report)}</div>'

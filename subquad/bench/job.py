@@ -35,7 +35,7 @@ class Job:
 
     Args:
         model: what `load_model` takes.
-        to: the mechanisms, with options.
+        to: the mechanisms, with options; `choice.sweep` makes those of a sweep.
         layers: as `--layers` takes it.
         steps: of distillation, for mechanisms with parameters of their own.
         text: files; none is the embedded book.
@@ -95,7 +95,7 @@ def run_job(job: Job, out: str | Path | None = None, *, command: str = "", progr
 
 
 def _plain(job: Job) -> dict[str, Any]:
-    return {**asdict(job), "to": [choice.label for choice in job.to]}
+    return {**asdict(job), "to": [choice.label for choice in job.to], "swept": [choice.setting for choice in job.to]}
 
 
 def _check(job: Job) -> str:
@@ -167,16 +167,16 @@ class _Run:
     # ---- rows ------------------------------------------------------------------------------------------------------
 
     def rows(self) -> None:
-        self._keep(self.folder.load("original") or self._measured(ORIGINAL, timed=True), "original")
-        for choice in self.job.to:
-            names = [f"{choice.folder}-0", f"{choice.folder}-{self.job.steps}"]
+        self._keep(self.folder.load("original") or self._measured(ORIGINAL), "original")
+        for number, choice in enumerate(self.job.to, 1):
+            names = [f"{choice.folder}-{steps}" for steps in sorted({0, self.job.steps})]
             kept = [self.folder.load(name) for name in names]
-            if kept[0] is not None and (kept[1] is not None or not kept[0].new_params or not self.job.steps):
+            if kept[0] is not None and (kept[-1] is not None or not kept[0].new_params):
                 self.done += [row for row in kept if row is not None]
                 continue
             self.swap(choice)
             try:
-                before = kept[0] or self._measured(choice.label, timed=True)
+                before = kept[0] or self._measured(choice.label, f" ({number} of {len(self.job.to)})", choice)
                 self._keep(before, names[0])
                 if self.job.steps and before.new_params:
                     self._keep(self._distilled(choice, before), names[1])
@@ -187,19 +187,20 @@ class _Run:
         self.done.append(row)
         self.folder.keep(name, row)
 
-    def _measured(self, label: str, *, timed: bool) -> Row:
+    def _measured(self, label: str, place: str = "", choice: Choice | None = None) -> Row:
         """A row of the model as it stands now."""
         job, model = self.job, self.model
-        self._say(f"measuring {label}")
+        self._say(f"measuring {label}{place}")
         row = Row(label, speed_at=job.speed_at, layers=self._layers(), params=speed.parameters(model))
+        if choice is not None and choice.swept:
+            row.base, row.setting = choice.base, choice.setting
         mechanisms = speed.outermost(model)
         row.new_params = sum(p.numel() for m in mechanisms for p in m.parameters())
         row.kept_bytes = speed.kept_bytes(model, sorted({*speed.LENGTHS, *job.lengths}))
         row.bytes_64k, row.keeps = row.kept_bytes[65536], speed.kept_sentence(model)
-        row.flops = speed.prefill_flops(model, job.window)
+        row.flops, row.pairs = speed.prefill_flops(model, job.window), speed.pairs_seen(model, job.window)
         self._judge(row)
-        if timed:
-            self._time(row)
+        self._time(row)
         return row
 
     def _judge(self, row: Row) -> None:

@@ -39,6 +39,8 @@ class Row:
         gap_closed: share of the nats between untrained and original that distillation closed.
         recall, recall_ranked: key-value recall, exact by greedy decoding, and ranked among the prompt's numbers.
         layers: layers swapped, of how many.
+        pairs: share of the pairs of a token with itself or one before it that is seen in a window, mean over layers.
+        base, setting: of a sweep over options: the mechanism without these options, and their values.
         flops: of a prefill of one window.
         keeps: what it keeps per sequence at 65,536 tokens, in one sentence.
         kept_bytes: length → bytes kept per sequence, from the cards; `measured_bytes` from real caches.
@@ -60,6 +62,9 @@ class Row:
     recall: float | None = None
     recall_ranked: float | None = None
     layers: str = ""
+    pairs: float | None = None
+    base: str = ""
+    setting: str = ""
     params: int | None = None
     new_params: int | None = None
     flops: float | None = None
@@ -117,7 +122,9 @@ class Report:
         return (before.nll - row.nll) / (before.nll - first.nll)
 
     def verdicts(self) -> list[str]:
-        """Plain sentences: what distillation gained, and where an attention that was not trained does better."""
+        """Plain sentences: what distillation gained, where an attention that was not trained does better, what a sweep found."""
+        from subquad.bench.density import sweep_sentences
+
         said = []
         for row in self.rows:
             if row.gap_closed is not None and row.ppl is not None:
@@ -136,7 +143,7 @@ class Report:
                         f"On this text the untrained {other.mechanism} (perplexity {other.ppl:.4g}) does better than {row.name} of "
                         f"distillation (perplexity {row.ppl:.4g})."
                     )
-        return said
+        return said + sweep_sentences(self)
 
     def keeps(self) -> list[str]:
         """One sentence a row: what it keeps per sequence at 64k tokens."""
@@ -186,11 +193,15 @@ class Report:
         return table
 
     def print(self, console: Console | None = None) -> None:
-        """The table (in two parts where the terminal is narrow), then the sentences."""
+        """The table (in two parts where the terminal is narrow), one for each sweep, then the sentences."""
+        from subquad.bench.density import sweep_table, sweeps
+
         console = console or Console()
         wide = console.width >= 130
         for names in (None,) if wide else (FIRST_COLUMNS, ("row", *_REST)):
             console.print(self.table(names))
+        for name, rows in sweeps(self).items():
+            console.print(sweep_table(name, rows))
         for sentence in [*self.verdicts(), *self.keeps(), *self.notes]:
             console.print(f"• {sentence}", highlight=False, soft_wrap=True, markup=False)
 
@@ -208,6 +219,7 @@ COLUMNS = (
     ("ratio", lambda r: _number(r.ratio, "{:.3g}×")),
     ("gap closed", lambda r: _number(r.gap_closed, "{:.1%}")),
     ("recall", lambda r: _number(r.recall, "{:.0%}")),
+    ("pairs seen", lambda r: _number(r.pairs, "{:.1%}")),
     ("bytes_64k", lambda r: "–" if r.bytes_64k is None else bytes_text(r.bytes_64k)),
     ("tokens/s", lambda r: _number(r.tokens_per_s, "{:,.0f}")),
     ("decode ms", lambda r: _number(r.decode_ms, "{:.3g}")),

@@ -95,6 +95,32 @@ def kept_bytes(model: Any, lengths: Sequence[int] = LENGTHS) -> dict[int, int]:
     return {n: round(sum(layer.cost("state_bytes", n, size) for layer in layers)) for n in lengths}
 
 
+def pairs_seen(model: Any, tokens: int) -> float | None:
+    """The share of the pairs of a token with itself or one before it that is seen, mean over layers.
+
+    None where a layer does not name the keys that a token sees, as linear attention does not.
+    """
+    modules = {m.layer[0]: m for m in outermost(model)}
+    found: dict[str, float | None] = {}
+    shares = []
+    for index, layer in enumerate(attention_layers(model)):
+        sizes = {"heads": layer.heads, "head_dim": layer.head_dim, "kv_heads": layer.kv_heads, **layer.options}
+        key = f"{layer.card.name}: {sizes}"
+        if key not in found:
+            found[key] = _share(modules.get(index) or contract.attention(layer.card.name, **sizes), tokens)
+        shares.append(found[key])
+    return None if None in shares else sum(share for share in shares if share is not None) / len(shares)
+
+
+def _share(module: Attention, tokens: int) -> float | None:
+    if module.card.family == "exact":
+        return 1.0
+    make: Any = getattr(module, "layout", None)  # of sparse mechanisms whose keys follow from the number of tokens alone
+    if module.card.family != "sparse" or make is None or list(inspect.signature(make).parameters)[:1] != ["n"]:
+        return None
+    return make(tokens).density * 2 * tokens / (tokens + 1)
+
+
 def kept_sentence(model: Any, tokens: int = 65536) -> str:
     """What the model keeps per sequence after `tokens` tokens, in one sentence from the cards."""
     groups: dict[str, int] = {}

@@ -261,14 +261,14 @@ def test_work_follows_the_density(monkeypatch):
     from subquad.ops.sparse import chunked
 
     formed = []
-    inner = chunked._scores
+    inner = chunked.scores
 
     def counted(*args):
         s, bend = inner(*args)
         formed.append(s.numel())
         return s, bend
 
-    monkeypatch.setattr(chunked, "_scores", counted)
+    monkeypatch.setattr(chunked, "scores", counted)
 
     def scores(n, layout, **options):
         formed.clear()

@@ -64,12 +64,16 @@ class SlidingWindow(Attention):
                 raise InputError(name, value, f"an integer of at least {least}")
         self.window, self.sinks = window, sinks
 
+    def layout(self, n: int, m: int | None = None) -> Layout:
+        """The keys that n queries see of m."""
+        return Layout.window(n, self.window, self.sinks, m=m)
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         q, k = rotate(call.rotary, q, k)
         if call.state is not None and call.cu_seqlens is None and q.shape[1] == 1:
             return self._step(q, k, v, call.state)
         if call.state is None:
-            o = sparse_attention(q, k, v, Layout.window(q.shape[1], self.window, self.sinks), cu_seqlens=call.cu_seqlens)
+            o = sparse_attention(q, k, v, self.layout(q.shape[1]), cu_seqlens=call.cu_seqlens)
             if not call.return_state:
                 return o, None
             rows = q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
@@ -97,7 +101,7 @@ class SlidingWindow(Attention):
         held = holds(length, self.window, self.sinks)
         k, v, k_pos = (stream.join(x, y) for x, y in zip((*old, held.where(held < length[:, None], -1)), (k, v, new)))
         q, q_pos = stream.pad(q), stream.pad(new, -1)
-        layout = Layout.window(q.shape[1], self.window, self.sinks, m=k.shape[1])
+        layout = self.layout(q.shape[1], k.shape[1])
         return stream.unpad(sparse_attention(q, k, v, layout, q_pos=q_pos, k_pos=k_pos, cu_seqlens=stream.cu_seqlens))
 
 

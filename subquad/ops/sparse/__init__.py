@@ -8,19 +8,29 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from subquad.checks import InputError, check_cu_seqlens, check_qkv, shape_of
+from subquad.checks import InputError, check_qkv
 from subquad.ops.common import full_precision, kernels_serve
 from subquad.ops.sparse.bias import Bias, RelativeBias, check_bias
 from subquad.ops.sparse.chunked import sparse_attention_chunked
 from subquad.ops.sparse.direct import FEW, sparse_attention_direct
+from subquad.ops.sparse.inputs import check_call
 from subquad.ops.sparse.layout import Layout
 from subquad.ops.sparse.parts import by_parts
+from subquad.ops.sparse.reads import block_max, block_mean, column_mass
 from subquad.ops.sparse.reference import sparse_attention_reference
 
-__all__ = ["Bias", "Layout", "RelativeBias", "sparse_attention", "sparse_attention_reference"]
+__all__ = [
+    "Bias",
+    "Layout",
+    "RelativeBias",
+    "block_max",
+    "block_mean",
+    "column_mass",
+    "sparse_attention",
+    "sparse_attention_reference",
+]
 
 
 @full_precision
@@ -67,7 +77,9 @@ def sparse_attention(
         o ``[B, N, H, V]``, followed by lse and max where asked for.
     """
     heads = check_qkv(q, k, v, longer_keys=True)
-    _check(q, k, layout, heads, q_pos, k_pos, softcap, cu_seqlens)
+    check_call(q, k, layout, heads, q_pos, k_pos, cu_seqlens)
+    if softcap is not None and not softcap > 0:
+        raise InputError("softcap", softcap, "a positive number")
     check_bias(bias, key_bias, q, k, heads, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     stats = return_lse or return_max
@@ -103,29 +115,3 @@ def _kernels_serve(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Bias |
     from subquad.ops.sparse.fused import serves
 
     return serves(layout, bias)
-
-
-def _check(
-    q: Tensor, k: Tensor, layout: Layout, heads: int, q_pos: Tensor | None, k_pos: Tensor | None,
-    softcap: float | None, cu_seqlens: Tensor | None,
-) -> None:  # fmt: skip
-    batch, n, m = q.shape[0], q.shape[1], k.shape[1]
-    if not isinstance(layout, Layout):
-        raise InputError("layout", type(layout).__name__, "a Layout")
-    if (layout.n, layout.m) != (n, m):
-        raise InputError("layout", f"{layout.n} queries and {layout.m} keys", f"{n} queries and {m} keys, as q and k have")
-    rows, lists = layout.rows, layout.heads
-    if (rows not in (1, batch) and batch) or heads % lists:
-        raise InputError("layout", f"lists for {rows} batch rows and {lists} heads", f"1 or {batch} rows, a divisor of {heads} heads")
-    if layout.device is not None and layout.device != q.device:
-        raise InputError("layout", f"lists on {layout.device}", f"the device of q, {q.device}")
-    for name, x, tokens in (("q_pos", q_pos, n), ("k_pos", k_pos, m)):
-        if x is None:
-            continue
-        if x.is_floating_point() or x.dtype == torch.bool or tuple(x.shape) not in ((tokens,), (1, tokens), (batch, tokens)):
-            raise InputError(name, shape_of(x), f"integers [{tokens}] or [{batch}, {tokens}]")
-    if softcap is not None and not softcap > 0:
-        raise InputError("softcap", softcap, "a positive number")
-    check_cu_seqlens(cu_seqlens, q)
-    if cu_seqlens is not None and m != n:
-        raise InputError("k", shape_of(k), f"as many tokens as q, {n}, in packed input")

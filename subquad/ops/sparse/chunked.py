@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from subquad.checks import compute_dtype
 from subquad.ops.sparse.bias import Bias, Dense, KeyBias, RelativeBias, Slopes, Table, Term, per_unit
 from subquad.ops.sparse.layout import Layout
-from subquad.ops.sparse.tiles import Problem, Tile, hidden
+from subquad.ops.sparse.tiles import Problem, Tile, blank, hidden
 
 
 def sparse_attention_chunked(
@@ -39,14 +39,14 @@ def sparse_attention_chunked(
     """(o ``[B, N, H, V]``, lse ``[B, N, H]``, max ``[B, N, H]``); the last two hold nothing unless `stats`."""
     batch, n, heads, dtype = q.shape[0], q.shape[1], max(q.shape[2], k.shape[2], v.shape[2]), compute_dtype(q)
     wide = [x.to(dtype) for x in (q, k, v)]
-    wide[0] = _heads(wide[0], heads) * scale
+    wide[0] = repeat_heads(wide[0], heads) * scale
     if isinstance(bias, tuple):
         wide[0], wide[1] = _join_factors(wide[0], wide[1], bias)
     k_groups = wide[1].shape[2] if wide[1].shape[2] == wide[2].shape[2] else heads
     lists = 1 if layout.index is None else layout.index.shape[1]
     groups = k_groups if k_groups % lists == 0 else lists if lists % k_groups == 0 else heads
     if layout.index is not None and (cu_seqlens is not None):
-        q_pos, k_pos = _restart(q_pos, cu_seqlens, n), _restart(k_pos, cu_seqlens, n)
+        q_pos, k_pos = restart(q_pos, cu_seqlens, n), restart(k_pos, cu_seqlens, n)
     terms, parameters = _terms(bias, key_bias, batch, groups, heads, dtype)
     problem = Problem(
         layout, batch * groups, groups, heads // groups, k_groups, dtype, q.device, terms, softcap, q_pos, k_pos,
@@ -55,7 +55,7 @@ def sparse_attention_chunked(
         stats=stats,
     )  # fmt: skip
     qu = wide[0].unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    ku, vu = (_heads(x, k_groups).transpose(1, 2).flatten(0, 1) for x in wide[1:])
+    ku, vu = (repeat_heads(x, k_groups).transpose(1, 2).flatten(0, 1) for x in wide[1:])
     if layout.index is not None:  # whole blocks, so that they are rows of one tensor
         qu = F.pad(qu, (0, 0, 0, 0, 0, layout.q_blocks * layout.block_q - n)).contiguous()
         ku, vu = (F.pad(x, (0, 0, 0, layout.k_blocks * layout.block_k - layout.m)).contiguous() for x in (ku, vu))
@@ -68,7 +68,7 @@ def sparse_attention_chunked(
     return o.to(q.dtype), lse, top
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """``[B, N, h, D]`` with every head repeated up to `heads`."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
@@ -76,12 +76,12 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 def _join_factors(q: Tensor, k: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Low-rank factors as further channels: [scale·q, q_b]·[k, k_b] = scale·q·k + q_b·k_b (FlashBias, arXiv 2505.12044)."""
     q_b, k_b = (x.to(q.dtype) for x in factors)
-    k = _heads(k, max(k.shape[2], k_b.shape[2]))
+    k = repeat_heads(k, max(k.shape[2], k_b.shape[2]))
     q_b, k_b = (x.expand(y.shape[0], -1, y.shape[2], -1) for x, y in ((q_b, q), (k_b, k)))
     return torch.cat([q, q_b], -1), torch.cat([k, k_b], -1)
 
 
-def _restart(positions: Tensor | None, cu_seqlens: Tensor, n: int) -> Tensor:
+def restart(positions: Tensor | None, cu_seqlens: Tensor, n: int) -> Tensor:
     """Positions that restart at every packed sequence, unless given."""
     if positions is not None:
         return positions
@@ -127,7 +127,7 @@ class _Sparse(torch.autograd.Function):
         return dq, dk, dv, None, *dp
 
 
-def _scores(tile: Tile, q: Tensor, k: Tensor, parameters: Any) -> tuple[Tensor, Tensor | None]:
+def scores(tile: Tile, q: Tensor, k: Tensor, parameters: Any) -> tuple[Tensor, Tensor | None]:
     """Scores ``[units, queries · G, keys]`` with what is not seen far below, and tanh(s / cap) where there is a cap."""
     p = tile.problem
     s, bend = torch.bmm(q, k.mT), None
@@ -149,7 +149,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, parameters: Any)
     o = (q.new_empty if every_row else q.new_zeros)(*rows, v.shape[-1])
     lse, top = q.new_full(rows, -torch.inf), q.new_full(rows, -torch.inf)
     for tile in problem.tiles():
-        s, _ = _scores(tile, tile.rows_of(q), tile.keys_of(k), parameters)
+        s, _ = scores(tile, tile.rows_of(q), tile.keys_of(k), parameters)
         highest = s.amax(-1) if problem.stats or problem.sparse_rows else None
         prob = s.softmax(-1)
         mixed = torch.bmm(prob, tile.keys_of(v))
@@ -176,11 +176,11 @@ def _backward(
     do = torch.zeros_like(o) if do is None else do.contiguous()
     push = -(do * o).sum(-1)
     push = push if dlse is None else push + dlse
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = blank(q), blank(k), blank(v)
     dp = [torch.zeros_like(x) for x in parameters]
     for tile in problem.tiles():
         qt, kt, dot = tile.rows_of(q), tile.keys_of(k), tile.rows_of(do)
-        s, bend = _scores(tile, qt, kt, parameters)
+        s, bend = scores(tile, qt, kt, parameters)
         prob = s.softmax(-1)
         tile.add_keys(dv, prob.mT, dot)
         ds = torch.bmm(dot, tile.keys_of(v).mT).add_(tile.rows_of(push)[..., None]).mul_(prob)

@@ -97,7 +97,7 @@ class Neighborhood:
         found = []
         for axis, (i, j) in enumerate(zip(q, k)):
             d = self.dilation[axis]
-            first, last = self._along(axis, i // d, (self.grid[axis] - i % d + d - 1) // d)
+            first, last = self.along(axis, i // d, (self.grid[axis] - i % d + d - 1) // d)
             seen = (j >= i % d + d * first) & (j <= i % d + d * last)
             found.append(seen if d == 1 else seen & (j % d == i % d))
         return reduce(and_, found)
@@ -126,7 +126,7 @@ class Neighborhood:
     def pattern(self, q0: int, k0: int, k1: int) -> Hashable:
         return None
 
-    def _along(self, axis: int, j: Any, size: Any) -> Range:
+    def along(self, axis: int, j: Any, size: Any) -> Range:
         """First and last key of query j on one axis of `size` positions, all counted within a residue class."""
         window, stride = self.window[axis], self.stride[axis]
         if self.causal[axis]:
@@ -142,8 +142,8 @@ class Neighborhood:
         for axis, (x0, x1) in enumerate(q):
             size, d = self.grid[axis], self.dilation[axis]
             # starts and ends never fall with j nor with the length of the class: the least and greatest of both bound all
-            first = self._along(axis, x0 // d, size // d)[0]
-            last = self._along(axis, x1 // d, -(-size // d))[1]
+            first = self.along(axis, x0 // d, size // d)[0]
+            last = self.along(axis, x1 // d, -(-size // d))[1]
             ranges.append((d * first, least(d * last + d - 1, size - 1)))
         return ranges
 
@@ -154,7 +154,7 @@ class Neighborhood:
             if self.dilation[axis] > 1:
                 ranges.append((x0 - x0 + 1, x0 - x0))
                 continue
-            ranges.append((self._along(axis, x1, self.grid[axis])[0], self._along(axis, x0, self.grid[axis])[1]))
+            ranges.append((self.along(axis, x1, self.grid[axis])[0], self.along(axis, x0, self.grid[axis])[1]))
         return ranges
 
 

@@ -23,8 +23,8 @@ def by_parts(
     outputs = []
     for number, part in enumerate(layout.parts):
         if dim == 2:
-            x = [_heads(y, 2, number, count, heads) for y in (q, k, v)]
-            some = _biases(bias, key_bias, lambda t, d: t if t.shape[d] == 1 else _heads(t, d, number, count, heads), None)  # noqa: B023
+            x = [heads_of(y, 2, number, count, heads) for y in (q, k, v)]
+            some = _biases(bias, key_bias, lambda t, d: t if t.shape[d] == 1 else heads_of(t, d, number, count, heads), None)  # noqa: B023
             positions = [q_pos, k_pos]
         else:
             x = [y[number : number + 1] for y in (q, k, v)]
@@ -36,7 +36,7 @@ def by_parts(
     return torch.cat(outputs, dim)
 
 
-def _heads(x: Tensor, dim: int, number: int, count: int, heads: int) -> Tensor:
+def heads_of(x: Tensor, dim: int, number: int, count: int, heads: int) -> Tensor:
     """The heads of part `number` of `count`, along `dim`; shared heads are shared on."""
     own = x.shape[dim]
     if own % count and count % own:

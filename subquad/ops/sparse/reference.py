@@ -1,8 +1,11 @@
-"""The definition of `sparse_attention`: a dense masked softmax, N × M scores and all."""
+"""The definitions of `sparse_attention` and of the reads of its map: a dense masked softmax, N × M scores and all."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.checks import compute_dtype
@@ -26,24 +29,69 @@ def sparse_attention_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o, lse, max), as `sparse_attention` with `return_lse` and `return_max`."""
     heads, dtype = max(q.shape[2], k.shape[2], v.shape[2]), compute_dtype(q)
-    qh, kh, vh = (x.to(dtype).repeat_interleave(heads // x.shape[2], 2) for x in (q, k, v))
-    s = torch.einsum("bnhd,bmhd->bhnm", qh, kh) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s, vh = _scores(q, k, heads, scale), v.to(dtype).repeat_interleave(heads // v.shape[2], 2)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         s = s + _dense_bias(bias, layout, q_pos, k_pos, cu_seqlens)
     if key_bias is not None:
         s = s + key_bias[:, :, None, :]
-    mask = layout.to_mask(q_pos=q_pos, k_pos=k_pos, cu_seqlens=cu_seqlens).to(q.device)
-    if mask.dim() > 2:
-        mask = mask.repeat_interleave(heads // mask.shape[-3], -3)
-    s = s.masked_fill(~mask, -torch.inf)
+    s = _hide(s, layout, q_pos, k_pos, cu_seqlens)
     empty = (s == -torch.inf).all(-1, keepdim=True)
     s = s.masked_fill(empty, 0.0)  # a row that sees no key: any finite score, put aside below
     o = torch.einsum("bhnm,bmhv->bnhv", s.softmax(-1).masked_fill(empty, 0.0), vh)
     lse = s.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
     top = s.amax(-1).masked_fill(empty[..., 0], -torch.inf)
     return o.to(q.dtype), lse.transpose(1, 2), top.transpose(1, 2)
+
+
+def column_mass_reference(q: Tensor, k: Tensor, layout: Layout, *, lse: Tensor | None = None, **options: Any) -> Tensor:
+    """`column_mass`: the column sums of exp(s − lse)."""
+    s = _masked(q, k, layout, **options)
+    empty = (s == -torch.inf).all(-1, keepdim=True)
+    total = s.masked_fill(empty, 0.0).logsumexp(-1) if lse is None else lse.transpose(1, 2)
+    total = total.masked_fill(empty[..., 0] | (total == -torch.inf), torch.inf)
+    return (s - total[..., None]).exp().sum(2)
+
+
+def block_max_reference(q: Tensor, k: Tensor, layout: Layout, *, block: tuple[int, int], **options: Any) -> Tensor:
+    """`block_max`: amax of every block of scores."""
+    return _by_block(_masked(q, k, layout, **options), block).amax((-2, -1))
+
+
+def block_mean_reference(q: Tensor, k: Tensor, layout: Layout, *, block: tuple[int, int], **options: Any) -> Tensor:
+    """`block_mean`: sum over count of every block of scores."""
+    s = _by_block(_masked(q, k, layout, **options), block)
+    seen = s > -torch.inf
+    count = seen.sum((-2, -1))
+    return (s.masked_fill(~seen, 0.0).sum((-2, -1)) / count.clamp(min=1)).masked_fill(count == 0, -torch.inf)
+
+
+def _masked(
+    q: Tensor, k: Tensor, layout: Layout, *, scale: float | None = None, q_pos: Tensor | None = None, k_pos: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return _hide(_scores(q, k, max(q.shape[2], k.shape[2]), scale), layout, q_pos, k_pos, cu_seqlens)
+
+
+def _scores(q: Tensor, k: Tensor, heads: int, scale: float | None) -> Tensor:
+    """scale · q·k, ``[B, H, N, M]``."""
+    qh, kh = (x.to(compute_dtype(q)).repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
+    return torch.einsum("bnhd,bmhd->bhnm", qh, kh) * (q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _hide(s: Tensor, layout: Layout, q_pos: Tensor | None, k_pos: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The scores with −inf where nothing is seen."""
+    mask = layout.to_mask(q_pos=q_pos, k_pos=k_pos, cu_seqlens=cu_seqlens).to(s.device)
+    if mask.dim() > 2:
+        mask = mask.repeat_interleave(s.shape[1] // mask.shape[-3], -3)
+    return s.masked_fill(~mask, -torch.inf)
+
+
+def _by_block(s: Tensor, block: tuple[int, int]) -> Tensor:
+    """``[B, H, blocks, blocks, queries, keys]``, filled up with −inf."""
+    s = F.pad(s, (0, -s.shape[-1] % block[1], 0, -s.shape[-2] % block[0]), value=-torch.inf)
+    return s.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0])).transpose(-3, -2)
 
 
 def _dense_bias(bias: Bias, layout: Layout, q_pos: Tensor | None, k_pos: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -29,6 +29,11 @@ def hidden(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 2
 
 
+def blank(x: Tensor) -> Tensor:
+    """Zeros for the gradient of x."""
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
 @dataclass
 class Problem:
     """Everything about one call that is not differentiated.
@@ -360,3 +365,12 @@ def _row_groups(p: Problem, capacity: int, rows_per: int) -> Iterator[tuple[Tens
             end -= 1
         yield order[at:end], longest
         at = end
+
+
+def closed_rows(p: Problem, q: Tensor) -> Tensor | None:
+    """inf at the queries ``[units, N, 1]`` that only fill up the last block of lists, 0 elsewhere; None where there are none."""
+    if q.shape[1] == p.layout.n:
+        return None
+    closed = q.new_zeros(*q.shape[:2], 1)
+    closed[:, p.layout.n :] = torch.inf
+    return closed

@@ -80,23 +80,23 @@ class DilatedWindow(Attention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         q, k = rotate(call.rotary, q, k)
-        shares, outputs, kept = _shares(self.dilation), [], {}
+        shares, outputs = _shares(self.dilation), []
+        kept: dict[str, Tensor] = {}
         for i, d in enumerate(shares):
-            own = [x[:, :, i * x.shape[2] // len(shares) : (i + 1) * x.shape[2] // len(shares)] for x in (q, k, v)]
-            old, length = self._old(own[1:], d, i, call)
+            q_i, k_i, v_i = (x.unflatten(2, (len(shares), -1))[:, :, i] for x in (q, k, v))
+            old, length = self._old((k_i, v_i), d, i, call)
             if call.state is None:
-                outputs.append(self._whole(*own, d, call.cu_seqlens))
+                outputs.append(self._whole(q_i, k_i, v_i, d, call.cu_seqlens))
             elif call.cu_seqlens is None:
-                outputs.append(self._behind(*own, d, old, length))
+                outputs.append(self._behind(q_i, k_i, v_i, d, old, length))
             else:
-                ends = list(pairwise(call.cu_seqlens.tolist()))
-                rows = [
-                    self._behind(*(x[:, a:b] for x in own), d, [x[r : r + 1] for x in old], length[r : r + 1])
-                    for r, (a, b) in enumerate(ends)
-                ]
-                outputs.append(torch.cat([own[0].new_zeros(1, 0, own[0].shape[2], v.shape[3]), *rows], 1))
+                o = [q_i.new_zeros(1, 0, q_i.shape[2], v.shape[3])]
+                for row, (a, b) in enumerate(pairwise(call.cu_seqlens.tolist())):
+                    own = [x[row : row + 1] for x in old]
+                    o.append(self._behind(q_i[:, a:b], k_i[:, a:b], v_i[:, a:b], d, own, length[row : row + 1]))
+                outputs.append(torch.cat(o, 1))
             if call.return_state:
-                kept |= {f"{name}{i}": store(x, new, length, 0, call.cu_seqlens) for name, x, new in zip("kv", old, own[1:])}
+                kept |= {f"{name}{i}": store(x, new, length, 0, call.cu_seqlens) for name, x, new in zip("kv", old, (k_i, v_i))}
         return torch.cat(outputs, 2), kept if call.return_state else None
 
     def _old(self, new: Sequence[Tensor], d: int, share: int, call: Call) -> tuple[list[Tensor], Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from subquad.checks import InputError
 from subquad.ops.sparse.fields import Fields, check_int, check_sizes
 from subquad.ops.sparse.grids import Circle, Neighborhood
-from subquad.ops.sparse.patterns import Band, Globals, Power, Strided, Union, join
+from subquad.ops.sparse.patterns import Band, Globals, Joint, Power, Strided, Union, join
 from subquad.ops.sparse.rules import EVERYTHING, Causal, Rule, Terrace, Window
 
 PerAxis = int | Sequence[int]
@@ -102,12 +102,20 @@ class ByRule(Fields):
         return cls._on_grid(sides, Neighborhood(sides, windows, strides, dilations, flags))
 
     @classmethod
-    def circle(cls, grid: PerAxis, radius: float) -> Self:
-        """Keys at a Euclidean distance below `radius` on a grid of one to three axes (CLEAR, arXiv 2412.16112)."""
+    def circle(cls, grid: PerAxis, radius: float, *, text_tokens: int = 0, text_first: bool = True) -> Self:
+        """Keys at a Euclidean distance below `radius` on a grid of one to three axes (CLEAR, arXiv 2412.16112).
+
+        `text_tokens` more stand before the grid's tokens, or behind them: they see all and are seen by all.
+        """
         sides = _axes("grid", grid, 0)
         if isinstance(radius, bool) or not isinstance(radius, int | float) or not radius > 0:
             raise InputError("radius", repr(radius), "a positive number")
-        return cls._on_grid(sides, Circle(sides, min(math.ceil(radius * radius) - 1, sum(side * side for side in sides))))
+        check_int("text_tokens", text_tokens, 0)
+        alone = cls._on_grid(sides, Circle(sides, min(math.ceil(radius * radius) - 1, sum(side * side for side in sides))))
+        if not text_tokens:
+            return alone
+        rule = Joint(alone.inner, text_tokens if text_first else 0, alone.n)
+        return cls(alone.n + text_tokens, alone.n + text_tokens, rule, alone.block_q, alone.block_k)
 
     @classmethod
     def strided(cls, n: int, stride: int, *, window: int = 1, block: int = 64, offset: int = 0, m: int | None = None) -> Self:

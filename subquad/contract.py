@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ class Call:
 
 class Attention(nn.Module):
     """Base of all mechanisms. Subclasses set `card` and write `mix`; options are keyword arguments of `__init__`,
-    each kept as an attribute of the same name.
+    each kept as an attribute of the same name. Where options add inputs, an instance has a card of its own.
 
     Args:
         heads: query heads H.
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         layer: (index, count), for mechanisms whose constants depend on depth.
     """
 
-    card: ClassVar[Card]
+    card: Card
 
     def __init__(
         self,

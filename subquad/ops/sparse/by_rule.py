@@ -50,16 +50,18 @@ class ByRule(Fields):
         return cls(n, m, Terrace(size), 128 if size >= 256 else 64, 64)
 
     @classmethod
-    def band(cls, n: int, left: int, right: int, *, global_tokens: int = 0) -> Self:
-        """Query i sees the keys i − left … i + right; the first `global_tokens` see all and are seen by all.
+    def band(cls, n: int, left: int, right: int, *, global_tokens: int = 0, m: int | None = None) -> Self:
+        """Query i, standing at p = i + m − n, sees the keys p − left … p + right; the first `global_tokens` positions see all and
+        are seen by all.
 
         Beltagy et al.: Longformer (arXiv 2004.05150), section 3.1, with a window of left + right.
         """
-        check_sizes(n, n)
+        m = n if m is None else m
+        check_sizes(n, m)
         for name, value in (("left", left), ("right", right), ("global_tokens", global_tokens)):
             check_int(name, value, 0)
         rule = join(Union, Band(left, right), Globals(global_tokens)) if global_tokens else Band(left, right)
-        return cls(n, n, rule, 128 if left + right >= 256 else 64, 64)
+        return cls(n, m, rule, 128 if left + right >= 256 else 64, 64)
 
     @classmethod
     def global_tokens(cls, n: int, count: int) -> Self:

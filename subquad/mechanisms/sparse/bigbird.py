@@ -12,7 +12,7 @@ from seed, layer, head and block of queries alone, by a hash, so that they are t
 length. With `causal` a token sees no later key: near blocks are those before, the first blocks are global to read from, and
 random blocks are drawn from the earlier ones; this form is not in the paper. Rotary turns q and k. The state is every key
 (turned) and value.
-Zaheer et al.: Big Bird: Transformers for Longer Sequences (arXiv 2007.14062), section 2 and appendix D.
+Zaheer et al.: Big Bird: Transformers for Longer Sequences (arXiv 2007.14062), section 2.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@
 The internal form (ITC: global tokens are the sequence's own) by blocks, local = 2 and one block at either end global, as released.
 No block is counted twice: random blocks are neither near nor global. Nothing wraps around at the ends, where the released code too
 leaves blocks out. Draws are uniform over the whole sequence, while the released ones keep to a plan of its beginning; they follow
-from seed, layer, head and block of queries alone, by a hash, so that they are the same on every device and, causally, at every
-length. With `causal` a token sees no later key: near blocks are those before, the first blocks are global to read from, and
-random blocks are drawn from the earlier ones; this form is not in the paper. Rotary turns q and k. The state is every key
-(turned) and value.
+by a hash from seed, layer, head, block of queries and how many blocks there are to draw from, so that they are the same on every
+device and, causally, at every length. With `causal`, which is not in the paper, a token sees no later key: near blocks are those
+before, the first blocks are global to read from, and random blocks are drawn from earlier ones. Rotary turns q and k. The state
+is every key (turned) and value.
 Zaheer et al.: Big Bird: Transformers for Longer Sequences (arXiv 2007.14062), section 2.
 """
 

@@ -63,7 +63,7 @@ class Shards:
         held = holds(length, self.near, 0)
         near_pos = torch.cat([held.where(held < length[:, None], -1), q_pos], 1)
         near = [torch.cat([old[f"{name}_near"], x], 1) for name, x in zip(NAMES, (k, v))]
-        per_shard = self.heads // self.stride
+        far_pos, per_shard = self._positions(length, old["k_far"].shape[1]), self.heads // self.stride
         for shard in range(self.stride):
             mine = range(shard * per_shard, (shard + 1) * per_shard)
             kv = [h * self.kv_heads // self.heads for h in mine]
@@ -74,7 +74,7 @@ class Shards:
             )
             if len({kv.count(g) for g in kv}) > 1:  # heads of keys with unequal shares of this shard's queries
                 keys, values = (x[:, :, [g - first for g in kv]] for x in (keys, values))
-            k_pos = torch.cat([self._positions(length, old["k_far"].shape[1])[..., shard], near_pos], 1)
+            k_pos = torch.cat([far_pos[..., shard], near_pos], 1)
             layout = Layout.strided(n, self.stride, window=self.local, block=self.block, offset=shard, m=k_pos.shape[1])
             outputs.append(sparse_attention(q[:, :, mine.start : mine.stop], keys, values, layout, q_pos=q_pos, k_pos=k_pos))
         return torch.cat(outputs, 2)
@@ -98,31 +98,33 @@ class Shards:
         tokens = old["tokens"].shape[1] + most
         new = {"tokens": k.new_zeros(rows, tokens, 0)}
         for name, x in zip(NAMES, (k, v)):
-            ring, far = old[f"{name}_near"], old[f"{name}_far"]
-            new[f"{name}_near"] = store(ring, x, length, 0, cu_seqlens)
-            new[f"{name}_far"] = self._move(far, ring, x, length, (row, start, count), self.far(tokens), most)
-        return new
+            new[f"{name}_near"] = store(old[f"{name}_near"], x, length, 0, cu_seqlens)
+        sources = [(old[f"{name}_far"], old[f"{name}_near"], x) for name, x in zip(NAMES, (k, v))]
+        moved = self._move(sources, length, (row, start, count), self.far(tokens), most)
+        return {**new, **{f"{name}_far": x for name, x in zip(NAMES, moved)}}
 
     def _move(
-        self, far: Tensor, ring: Tensor, new: Tensor, length: Tensor, at: tuple[Tensor, Tensor, Tensor], entries: int, most: int
-    ) -> Tensor:
-        """The shards with what is evicted now; its token i of row r is ``new[row[r], start[r] + i]``."""
-        row, start, count = at
+        self, sources: list[tuple[Tensor, Tensor, Tensor]], length: Tensor, at: tuple[Tensor, Tensor, Tensor], entries: int, most: int
+    ) -> list[Tensor]:
+        """The shards of (far, ring, new) tensors with what is evicted now; token i of row r is ``new[row[r], start[r] + i]``."""
+        (row, start, count), (far, ring, new) = at, sources[0]
         rows, seen = torch.arange(far.shape[0], device=far.device)[:, None], length[:, None, None]
         # an entry's old place; what stands in those that had none is never read, as they have no position
         shift = self._counts(length + count) - entries - self._counts(length) + far.shape[1]
         back = (torch.arange(entries, device=far.device) + shift[:, None]).clamp(0, max(0, far.shape[1] - 1))
-        moved = far[rows, back] if far.shape[1] else far.new_zeros(far.shape[0], entries, *far.shape[2:])
         # shards differ by a block at most: what is new stands among the last entries
         last = min(entries, (most // (self.stride * self.block) + 2) * self.block)
         heads, shards = zip(*self._of_pairs)
-        position = self._positions(length + count, entries)[:, entries - last :, shards]
-        fresh = (position >= 0) & (position >= seen - self.near)
-        head = torch.tensor(heads, device=far.device)
+        position = self._positions(length + count, last)[..., shards]
+        fresh = ((position >= 0) & (position >= seen - self.near))[..., None]
+        in_ring, slot, head = (position < seen)[..., None], position % self.near, torch.tensor(heads, device=far.device)
         token = (start[:, None, None] + position - seen).clamp(0, new.shape[1] - 1)
-        from_ring, from_new = ring[rows[..., None], position % self.near, head], new[row[:, None, None], token, head]
-        came = torch.where((position < seen)[..., None], from_ring, from_new)
-        return torch.cat([moved[:, : entries - last], torch.where(fresh[..., None], came, moved[:, entries - last :])], 1)
+        moved = []
+        for far, ring, new in sources:
+            old = far[rows, back] if far.shape[1] else far.new_zeros(far.shape[0], entries, *far.shape[2:])
+            came = torch.where(in_ring, ring[rows[..., None], slot, head], new[row[:, None, None], token, head])
+            moved.append(torch.cat([old[:, : entries - last], torch.where(fresh, came, old[:, entries - last :])], 1))
+        return moved
 
     @property
     def _of_pairs(self) -> list[tuple[int, int]]:

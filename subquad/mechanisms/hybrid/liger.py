@@ -10,7 +10,8 @@
 The recurrence sees q and k unturned and has neither scale nor denominator; softmax(q), softmax(k) are over channels. g is
 the key projection, averaged by adaptive pooling to the width of the gate: to D per head it is k itself, to M slots per head
 each slot's mean of D/M channels. So nothing is added and nothing is initialised: a swapped model starts with exactly half
-its softmax, as far as the window reaches, plus half the recurrence, and is tuned from there.
+its softmax, as far as the window reaches, plus half the recurrence, and is tuned from there. "gsa", whose reads are averages
+of values, starts nearest; the sums of "gla" are of no fixed size.
 Lan et al.: Liger (arXiv 2503.01496), sec. 3; normalisers, halves and forms as in OpenSparseLLMs/Linearization. Gated slot
 attention: Zhang et al. (arXiv 2409.07146). Keys come as the model makes them, with its bias and norm where it has them.
 """

@@ -13,8 +13,9 @@ The paper trains with log Π γ inside the exponentials, φ(q) at +log C and φ(
 product of matrices. Here log γ stays in log space too, chunk by chunk (`linear_attention`): pairs weigh
 exp(log C_i − log C_j) ≤ 1, which neither overflows nor asks for features that are exponentials.
 
-It starts at W = 1 (φ follows q·k), W_γ = 0 (γ = ½; sigmoid(gate_bias) with a bias, near 1 for 4), α = 1 and t_j = −4, where the
-window is softmax but for a sink of 0.07. Nguyen et al.: Lizard (arXiv 2507.09025, version 4), sec. 3–5.
+It starts at W = 1 (φ follows q·k), W_γ = 0 (so γ = ½, or sigmoid(gate_bias) where there is a bias), α = 1 and t_j = −4, where the
+window is softmax but for sinks of 0.07. `window_rotary` with a gate_bias of 4 starts nearest to the pretrained model.
+Nguyen et al.: Lizard (arXiv 2507.09025, version 4), sec. 3–5.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ def qkv(n=70, heads=4, kv_heads=2, dim=16):
     return tuple(torch.randn(2, n, h, dim, dtype=torch.float64) for h in (heads, kv_heads, kv_heads))
 
 
-def make(*, alpha=None, meta=None, shake=0.0, **options):
-    module = subquad.attention("lizard", 4, 16, kv_heads=2, **options).double()
+def make(*, alpha=None, meta=None, shake=0.0, normalize=True, **options):
+    module = subquad.attention("lizard", 4, 16, kv_heads=2, normalize=normalize, **options).double()
     with torch.no_grad():
         for p in (module.W_q, module.W_k):
             p.add_(shake * torch.randn_like(p))
@@ -140,6 +140,18 @@ def test_how_it_starts():
     assert (gamma > 0).all() and (gamma < 1).all() and gamma.std() > 0.01
     assert torch.equal(module.W_q, torch.eye(16).expand(4, 16, 16)) and torch.equal(module.W_k, torch.eye(16).expand(2, 16, 16))
     assert module.alpha == 1 and (module.meta.exp().sum() - 4 * math.exp(-4)).abs() < 1e-6
+
+
+def test_the_gated_part_starts_small():
+    """By default, for small q and k: two tokens' worth of 2/F at γ = ½, beside a window whose sinks take next to nothing."""
+    q, k, v = (0.1 * x for x in qkv(dim=64))
+    module = subquad.attention("lizard", 4, 64, kv_heads=2, window=70).double()
+    half = torch.full((2, 70), -math.log(2), dtype=torch.float64)
+    weights = module(q, k, torch.ones_like(v), log_decay=half)
+    seen = torch.arange(1.0, 71.0, dtype=torch.float64)
+    window = seen / (seen + 4 * math.exp(-4))
+    assert (weights[:, 1:] - window[None, 1:, None, None]).min() > 0.04  # at least 3/2 tokens of 2/64
+    assert (weights - window[None, :, None, None]).max() < 0.08
 
 
 def test_parameters_of_a_layer():

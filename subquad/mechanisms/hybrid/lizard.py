@@ -1,20 +1,21 @@
 """Lizard: gated linear attention on learned features plus a softmax window with meta memory, added up.
 
-    S_i = γ_i S_{i−1} + φ_k(k_i) v_iᵀ ,  z_i = γ_i z_{i−1} + φ_k(k_i) ,   y_i = S_iᵀ φ_q(q_i) / (z_i·φ_q(q_i))
+    S_i = γ_i S_{i−1} + φ_k(k_i) v_iᵀ ,   y_i = S_iᵀ φ_q(q_i) ,   γ_i = sigmoid(W_γ x_i): one number a token, for all heads
     a_i = Σ_t exp(s_it) v_t / (Σ_j exp(t_j) + Σ_t exp(s_it)) ,   s_it = q_i·k_t / √D ,   t from i − w + 1 to i
-    o_i = y_i + α a_i ,   γ_i = sigmoid(W_γ x_i): one number a token, for all heads
+    o_i = y_i + α a_i
 
 The meta memory is m logits t_j, the same for all queries and heads: they take part in the denominator and carry no values.
 φ(x) = [softmax(W x), softmax(−W x)] or, by sec. 4, [exp(W x), exp(−W x)]; W per query head and per key head. The student
-has no rotary: the gate says where a token stands. `normalize=False` leaves the denominator of y out, as two of the three
-forms that the paper prints do.
+has no rotary: the gate says where a token stands. The recurrent form and the training form of the paper are as above; its
+parallel form divides y_i by z_i·φ_q(q_i), z_i = γ_i z_{i−1} + φ_k(k_i), which is `normalize`.
 
 The paper trains with log Π γ inside the exponentials, φ(q) at +log C and φ(k) at −log C, so that the gated part is one
 product of matrices. Here log γ stays in log space too, chunk by chunk (`linear_attention`): pairs weigh
 exp(log C_i − log C_j) ≤ 1, which neither overflows nor asks for features that are exponentials.
 
-It starts at W = 1 (φ follows q·k), W_γ = 0 (so γ = ½, or sigmoid(gate_bias) where there is a bias), α = 1 and t_j = −4, where the
-window is softmax but for sinks of 0.07. `window_rotary` with a gate_bias of 4 starts nearest to the pretrained model.
+It starts at W = 1 (φ follows q·k), W_γ = 0 (so γ = ½, or sigmoid(gate_bias) where there is a bias), α = 1 and t_j = −4: the window
+is softmax but for sinks of 0.07, and the gated part is small beside it, a few tokens at 2/F each. `normalize` would give it
+the weight of a whole softmax from the start. With `window_rotary` the start is that of a sliding window.
 Nguyen et al.: Lizard (arXiv 2507.09025, version 4), sec. 3–5.
 """
 
@@ -46,7 +47,7 @@ def _flops(s: Shape, window: int = 128, feature_dim: int | None = None, **_: obj
     return s.batch * s.tokens * (maps + s.heads * (near + far))
 
 
-def _state_bytes(s: Shape, window: int = 128, feature_dim: int | None = None, normalize: bool = True, **_: object) -> float:
+def _state_bytes(s: Shape, window: int = 128, feature_dim: int | None = None, normalize: bool = False, **_: object) -> float:
     sums = 2 * (feature_dim or s.head_dim) * (s.values + normalize) * max(4, s.itemsize)
     return s.batch * s.kv * (sums + window * (s.head_dim + s.values) * s.itemsize)
 
@@ -76,8 +77,8 @@ class Lizard(Attention):
         flops=_flops,
         bytes_moved=lambda s, **_: s.tensor_bytes + 4 * s.batch * s.tokens,
         state_bytes=_state_bytes,
-        keeps="for each of {kv_heads} key heads a gated sum over tokens of 2·feature_dim × ({value_dim} + 1) numbers in float32, and "
-        "the last {window} keys and values",
+        keeps="for each of {kv_heads} key heads a gated sum over tokens of 2·feature_dim × {value_dim} numbers in float32 (with normalize "
+        "one more than {value_dim}), and the last {window} keys and values",
     )
 
     def __init__(
@@ -89,7 +90,7 @@ class Lizard(Attention):
         sinks: int = 4,
         feature_map: Literal["softmax", "exp"] = "softmax",
         feature_dim: int | None = None,
-        normalize: bool = True,
+        normalize: bool = False,
         window_rotary: bool = False,
         gate_bias: float | None = None,
         **sizes: Any,

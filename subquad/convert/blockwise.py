@@ -119,9 +119,7 @@ def distill_in_groups(
                     out / f"group-{number:03d}", {**settings, "group": f"layers {first}-{stop - 1}"}, steps, take_finished=True
                 )
                 if target is None and not take_finished and _finished(keeper, steps):
-                    raise InputError(
-                        "out", f"{out}, a finished run", "a folder that is new, empty, or an unfinished run of the same command"
-                    )
+                    raise InputError("out", f"{out}, a finished run", SHOULD)
                 teach: Any = stack.enter_context(lessons(student, teacher, some))
                 teach.device = device
                 for module in some.values():

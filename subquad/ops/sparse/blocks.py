@@ -1,6 +1,6 @@
 """Blocks that the sparse kernels share: where a tile's tokens lie, which of its pairs are seen, and their scores.
 
-A tile is SIDE neighbouring tokens, or on a grid (G0 > 0) the tokens of a box A0 × A1 × A2. Scores are in units of log 2.
+A tile is SIDE neighbouring tokens, or on a grid (G0 > 0) the tokens of a box A0 × A1 × A2. Scores times `unit` are in log 2.
 What belongs to queries comes with a length-1 axis for the keys, and the other way round: tiles and their transposes read alike.
 """
 
@@ -119,13 +119,17 @@ def seen_pairs(
 
 
 @triton.jit
-def shaped(dots, factors, q, k, slope, key_bias, scale, CAP: tl.constexpr):
-    """(scores, tanh of what a cap bends) out of products of queries and keys; a bias that is None adds nothing."""
+def shaped(dots, factors, q, k, slope, key_bias, scale, CAP: tl.constexpr, PLAIN: tl.constexpr):
+    """(scores, tanh of what a cap bends) out of products of queries and keys; a bias that is None adds nothing.
+
+    Where nothing is added (PLAIN), scores stay products: the scale, which is positive, joins the exponent at no cost.
+    """
     bend = dots
+    s = dots
     if CAP > 0:
         bend = 1.0 - 2.0 / (tl.exp2(dots * (scale * (2.0 * LOG2E / CAP))) + 1.0)
         s = bend * (CAP * LOG2E)
-    else:
+    elif not PLAIN:
         s = dots * (scale * LOG2E)
     if factors is not None:
         s += factors * LOG2E

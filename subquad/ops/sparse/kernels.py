@@ -1,7 +1,7 @@
 """Triton kernels of softmax over the keys that a layout names.
 
 `query_kernel` owns a tile of queries of one head and goes through the tiles of keys on its list: first the whole ones, which
-need no mask, then the partial ones. Scores are in units of log 2; the row's running maximum and sum are float32:
+need no mask, then the partial ones. Scores (times `unit`) are in log 2; the row's running maximum and sum are float32:
 
     s = q·kᵀ    m' = max(m, max s)    p = 2^(s − m')    l' = l·2^(m − m') + Σp    o' = o·2^(m − m') + p·v
 
@@ -37,7 +37,8 @@ def query_kernel(
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, S: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
-    RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr, CAP: tl.constexpr, IP: tl.constexpr,
+    RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     """o ``[B, N, H, V]``, lse and max ``[B, N, H]``; or (GRAD) q̇, what falls to slopes and factors, and lse and δ in the order
     of `key_kernel`'s tiles of queries ``[B, H, row_tiles · S]``. Program: a tile of M queries, a head, a batch row."""
@@ -87,6 +88,7 @@ def query_kernel(
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, BV], tl.float32)
         arg = tl.full([M], -1, tl.int32)
+    unit = scale * LOG2E if PLAIN else 1.0
     near, c0, c1, c2 = within(N, G0, G1, G2, B0, B1, B2)
     part = offsets + which * (2 * tiles + 1) + 2 * tile
     for PARTIAL in tl.static_range(2):
@@ -103,7 +105,7 @@ def query_kernel(
             if k_factor is not None:
                 kf = rows_of(k_factor + b * kf_b + k_first * kf_n + h * kf_h, near, kf_n, k_in, f_cols, R, BR, PARTIAL)
                 factors = tl.dot(qf, tl.trans(kf), input_precision="tf32x3")
-            s, bend = shaped(tl.dot(q, tl.trans(k), input_precision=IP), factors, qp, kp, slope, kb, scale, CAP)
+            s, bend = shaped(tl.dot(q, tl.trans(k), input_precision=IP), factors, qp, kp, slope, kb, scale, CAP, PLAIN)
             if PARTIAL:
                 number = 0 if numbers is None else tl.load(numbers + item)
                 ks = None if sequence is None else tl.load(sequence + begin + near, mask=k_in, other=-2)[None, :]
@@ -115,7 +117,7 @@ def query_kernel(
                 s = tl.where(seen, s, -INF)
             v = rows_of(v_at + b * v_b + k_first * v_n + (h // GV) * v_h, near, v_n, k_in, v_cols, V, BV, PARTIAL)
             if GRAD:
-                p = tl.exp2(s - lse[:, None])
+                p = tl.exp2(s * unit - lse[:, None])
                 ds = p * (tl.dot(do, tl.trans(v), input_precision=IP) - delta[:, None])
                 if d_top is not None:
                     ds += tl.where((begin + near)[None, :] == arg[:, None], of_top[:, None], 0.0)
@@ -132,11 +134,11 @@ def query_kernel(
                 if arg_at is not None:  # the key of the maximum, the last one of equals within a tile
                     here = tl.max(tl.where(s == highest[:, None], (begin + near)[None, :], -1), 1)
                     arg = tl.where(highest > top, here, arg)
-                base = higher
+                base = higher * unit
                 if PARTIAL or key_bias is not None:  # a row that has seen nothing yet has no finite maximum
-                    base = tl.where(higher == -INF, 0.0, higher)
-                p = tl.exp2(s - base[:, None])
-                fade = tl.exp2(top - base)
+                    base = tl.where(higher == -INF, 0.0, base)
+                p = tl.exp2(s * unit - base[:, None])
+                fade = tl.exp2(top * unit - base)
                 total = total * fade + tl.sum(p, 1)
                 acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=IP)
                 top = higher
@@ -151,9 +153,9 @@ def query_kernel(
     else:
         o = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(o_at.dtype.element_ty)
         tl.store(o_at + at[:, None] * V + v_cols[None, :], o, mask=q_in[:, None] & (v_cols < V)[None, :])
-        tl.store(lse_at + at, (top + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2E, mask=q_in)
+        tl.store(lse_at + at, (top * unit + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2E, mask=q_in)
         if top_at is not None:
-            tl.store(top_at + at, top / LOG2E, mask=q_in)
+            tl.store(top_at + at, top * unit / LOG2E, mask=q_in)
         if arg_at is not None:
             tl.store(arg_at + at, arg, mask=q_in)
 
@@ -168,7 +170,7 @@ def key_kernel(
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    RUNS: tl.constexpr, CAP: tl.constexpr, IP: tl.constexpr,
+    RUNS: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """k̇ ``[B, M, HS, D]``, v̇ ``[B, M, HS, V]``, and what falls to the bias of keys and to their factors, for each head. Program:
     a tile of N keys, one of HS heads with all heads of queries that read it, a batch row. Tiles are ``[keys, queries]``."""
@@ -190,6 +192,7 @@ def key_kernel(
     v = rows_of(v_at + b * v_b + k_first * v_n + (hs * group // GV) * v_h, rows, v_n, k_in, v_cols, V, BV, True)
     kp = positions(None if k_pos is None else k_pos + b * kp_b, first, rows, k0, k_in, 0)[:, None]
     ks = None if sequence is None else tl.load(sequence + first + rows, mask=k_in, other=-2)[:, None]
+    unit = scale * LOG2E if PLAIN else 1.0
     near, c0, c1, c2 = within(M, G0, G1, G2, A0, A1, A2)
     part = offsets + which * (2 * tiles + 1) + 2 * tile
     dk = tl.zeros([N, BD], tl.float32)
@@ -217,7 +220,7 @@ def key_kernel(
                     qf = rows_of(q_factor + b * qf_b + q_first * qf_n + h * qf_h, near, qf_n, q_in, f_cols, R, BR, True)
                     factors = tl.dot(kf, tl.trans(qf), input_precision="tf32x3")
                 at = ((b * H + h) * row_tiles + visitor) * M + tl.arange(0, M)
-                s, bend = shaped(tl.dot(k, tl.trans(q), input_precision=IP), factors, qp, kp, slope, kb, scale, CAP)
+                s, bend = shaped(tl.dot(k, tl.trans(q), input_precision=IP), factors, qp, kp, slope, kb, scale, CAP, PLAIN)
                 if PARTIAL:
                     number = 0 if numbers is None else tl.load(numbers + item)
                     qs = None if sequence is None else tl.load(sequence + begin + near, mask=q_in, other=-1)[None, :]
@@ -229,7 +232,7 @@ def key_kernel(
                         (first + rows)[:, None], number, bits, runs, ends, RULE, BLOCK_Q, BLOCK_K, RUNS,
                     )  # fmt: skip
                     s = tl.where(seen, s, -INF)
-                p = tl.exp2(s - tl.load(log_at + at)[None, :])
+                p = tl.exp2(s * unit - tl.load(log_at + at)[None, :])
                 do = rows_of(do_at + b * do_b + q_first * do_n + h * do_h, near, do_n, q_in, v_cols, V, BV, True)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=IP)
                 ds = p * (tl.dot(v, tl.trans(do), input_precision=IP) - tl.load(delta_at + at)[None, :])

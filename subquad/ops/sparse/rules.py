@@ -91,7 +91,8 @@ class Window:
         return f"the last {self.size} keys up to its own position" + (f" and the first {self.sinks}" if self.sinks else "")
 
     def allowed(self, q: Any, k: Any) -> Any:
-        return (k <= q) & ((k > q - self.size) | (k < self.sinks))
+        near = k > q - self.size
+        return (k <= q) & (near | (k < self.sinks) if self.sinks else near)
 
     def touches(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
         return (k0 <= q1) & (k0 <= k1) & ((k1 > q0 - self.size) | (k0 < self.sinks))

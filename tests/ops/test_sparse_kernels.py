@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from bounds import check_bounds
 
-from subquad.ops.sparse import Layout, fused, launch, sparse_attention, sparse_attention_reference
+from subquad.ops.sparse import Layout, RelativeBias, fused, launch, sparse_attention, sparse_attention_reference
 from subquad.ops.sparse.codes import decode, encode
 from subquad.ops.sparse.compiled import triton_rule
 from subquad.ops.sparse.launch import Tile
@@ -168,6 +168,24 @@ def test_biases_and_their_gradients(name, layout):
 
 def test_slopes_on_a_grid_go_by_position():
     both_ways(Layout.neighborhood((9, 8), 3), learned={"bias": torch.tensor([0.1, 0.7])})
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("reach", [5, 90])
+def test_a_table_by_relative_position(heads, reach, launched):
+    table = RelativeBias(torch.linspace(-2, 1, heads * (2 * reach + 1), device=DEVICE).view(heads, -1).sin())
+    layout, results = Layout.window(70, 19, 3), []
+    x = make(layout)
+    for attend, dtype in ((sparse_attention, torch.float32), (sparse_attention_reference, torch.float64)):
+        qkv = [t.to(DEVICE, dtype).requires_grad_() for t in x]
+        o = attend(*qkv, layout, bias=RelativeBias(table.table.to(dtype)))
+        o = o[0] if isinstance(o, tuple) else o
+        results.append([o.detach(), *torch.autograd.grad(o.sin().sum(), qkv)])
+    for found, wanted in zip(*results):
+        assert (found.double() - wanted).abs().max() <= 3e-6 * wanted.abs().max()
+    assert launched == ["forward", "query", "key"]
+    sparse_attention(*x, layout, bias=RelativeBias(table.table.cpu().requires_grad_())) if DEVICE.type == "cpu" else None
+    assert len(launched) == 3, "the plain form has the table's gradient"
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -383,7 +401,7 @@ def test_operators_are_well_formed():
     layout = Layout.window(40, 15, 2)
     q, k, v = (t.to(DEVICE).requires_grad_() for t in make(layout))
     key_bias = torch.randn(1, 2, 40, device=DEVICE, requires_grad=True)
-    given = [q, k, v, None, key_bias, *[None] * 11, encode(layout.inner), 64, 64, 0.25, 0.0, True, True]
+    given = [q, k, v, None, key_bias, *[None] * 12, encode(layout.inner), 64, 64, 0.25, 0.0, True, True]
     torch.library.opcheck(fused.sparse_op, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 

@@ -119,7 +119,7 @@ def seen_pairs(
 
 
 @triton.jit
-def shaped(dots, factors, q, k, slope, key_bias, scale, CAP: tl.constexpr, PLAIN: tl.constexpr):
+def shaped(dots, factors, q, k, slope, key_bias, table, scale, REACH: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr):
     """(scores, tanh of what a cap bends) out of products of queries and keys; a bias that is None adds nothing.
 
     Where nothing is added (PLAIN), scores stay products: the scale, which is positive, joins the exponent at no cost.
@@ -137,4 +137,7 @@ def shaped(dots, factors, q, k, slope, key_bias, scale, CAP: tl.constexpr, PLAIN
         s -= (slope * LOG2E) * tl.abs(q - k).to(tl.float32)
     if key_bias is not None:
         s += key_bias * LOG2E
+    if table is not None:
+        away = tl.minimum(tl.maximum(k - q, -REACH), REACH) + REACH
+        s += tl.load(table + away) * LOG2E
     return s, bend

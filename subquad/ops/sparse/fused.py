@@ -11,7 +11,7 @@ from torch import Tensor
 from subquad.ops.common import by_rows, reduce_heads, traced
 from subquad.ops.launch import INTERPRETED
 from subquad.ops.launcher import eager
-from subquad.ops.sparse.bias import Bias
+from subquad.ops.sparse.bias import Bias, RelativeBias
 from subquad.ops.sparse.codes import decode, encode, has_code
 from subquad.ops.sparse.launch import How, Inputs, forward_pass, key_pass, query_pass, tile_of
 from subquad.ops.sparse.layout import Layout
@@ -28,12 +28,14 @@ def serves(layout: Layout, bias: Bias | None) -> bool:
         return False
     if layout.index is not None and (gcd(layout.block_q, 128) < LEAST or gcd(layout.block_k, 128) < LEAST):
         return False
+    if isinstance(bias, RelativeBias):  # whose gradient is a sum along diagonals, which tiles cut
+        return not (torch.is_grad_enabled() and bias.table.requires_grad)
     return bias is None or (isinstance(bias, Tensor) and bias.dim() == 1) or (isinstance(bias, tuple) and bias[0].shape[3] <= 64)
 
 
 def _tiles(kernel: str, x: Inputs, layout: Layout) -> Tiling:
     """The tiles of a kernel: boxes of a grid where only the rule asks where tokens are."""
-    held, boxes = layout.index is not None, not _moved(x, layout) and x.slopes is None and on_grid(layout.inner)
+    held, boxes = layout.index is not None, not _moved(x, layout) and x.slopes is None and x.table is None and on_grid(layout.inner)
     sides = (layout.block_q, layout.block_k) if held else (0, 0)
     tile = tile_of(kernel, max(x.q.shape[3], x.v.shape[3]), 8 * x.q.dtype.itemsize, boxes, *sides)
     return tiling(layout.inner, tile.q, tile.k, boxes)
@@ -53,9 +55,9 @@ def _visits(kernel: str, x: Inputs, layout: Layout) -> tuple[Tiling, Lists]:
 
 
 def _read(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, q_pos: Optional,
-    k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional, starts: Optional,
-    stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float,
+    q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, table: Optional,
+    q_pos: Optional, k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional,
+    starts: Optional, stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float,
 ) -> tuple[Inputs, Layout, How]:  # fmt: skip
     """The operator's arguments as the kernels read them."""
     n, m = q.shape[1], k.shape[1]
@@ -71,21 +73,21 @@ def _read(
         sequence = sequence.int()
     starts, stops, q_pos, k_pos = (None if t is None else t.contiguous() for t in (starts, stops, q_pos, k_pos))
     rows = by_rows(q), by_rows(k), by_rows(v)
-    x = Inputs(*rows, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, q_factor, k_factor)
+    x = Inputs(*rows, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table, q_factor, k_factor)
     held = index is not None
     return x, layout, How(layout.inner, block_q if held else 0, block_k if held else 0, scale, softcap)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, q_pos: Optional,
-    k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional, starts: Optional,
-    stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float, stats: bool, learns: bool,
+    q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, table: Optional,
+    q_pos: Optional, k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional,
+    starts: Optional, stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float, stats: bool, learns: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """The operator: o ``[B, N, H, V]``, lse ``[B, N, H]`` and, for `stats`, the maximum (and if it `learns`, the key that has it).
 
     A bias is float32; softcap 0 is none.
     """
-    rest: Any = (slopes, key_bias, q_factor, k_factor, q_pos, k_pos, cu, index, counts, bits, bit_index, starts, stops, rule)
+    rest: Any = (slopes, key_bias, q_factor, k_factor, table, q_pos, k_pos, cu, index, counts, bits, bit_index, starts, stops, rule)
     if INTERPRETED and q.dtype == torch.bfloat16:
         o, lse, kept = forward(q.float(), k.float(), v.float(), *rest, block_q, block_k, scale, softcap, stats, learns)  # type: ignore[call-arg]
         return o.to(q.dtype), lse, kept
@@ -108,12 +110,12 @@ def _(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]
 
 def backward(
     do: Tensor, d_lse: Optional, d_top: Optional, o: Tensor, lse: Tensor, arg: Optional,
-    q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, q_pos: Optional,
-    k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional, starts: Optional,
-    stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float, need: list[bool],
+    q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, table: Optional,
+    q_pos: Optional, k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional,
+    starts: Optional, stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float, need: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The operator of its backward: the gradients of LEARNED, empty where `need` says so."""
-    rest: Any = (slopes, key_bias, q_factor, k_factor, q_pos, k_pos, cu, index, counts, bits, bit_index, starts, stops, rule)
+    rest: Any = (slopes, key_bias, q_factor, k_factor, table, q_pos, k_pos, cu, index, counts, bits, bit_index, starts, stops, rule)
     if INTERPRETED and q.dtype == torch.bfloat16:
         grads = (do.float(), d_lse, d_top, o.float(), lse, arg, q.float(), k.float(), v.float())
         results = backward(*grads, *rest, block_q, block_k, scale, softcap, need)  # type: ignore[call-arg]
@@ -180,9 +182,11 @@ def sparse_attention_fused(
     k_pos: Tensor | None, scale: float, softcap: float | None, cu_seqlens: Tensor | None, stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(o ``[B, N, H, V]``, lse and, for `stats`, max ``[B, N, H]``), all differentiable; the maximum's gradient goes to one of equals."""
-    slopes, q_factor, k_factor = None, None, None
+    slopes, q_factor, k_factor, table = None, None, None, None
     if isinstance(bias, tuple):
         q_factor, k_factor = (by_rows(x.float()) for x in bias)
+    elif isinstance(bias, RelativeBias):
+        table = bias.table.detach().float().contiguous()
     elif isinstance(bias, Tensor):
         slopes = bias.float().contiguous()
     key_bias = None if key_bias is None else by_rows(key_bias.float())
@@ -191,7 +195,7 @@ def sparse_attention_fused(
     learns = stats and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     run: Any = torch.ops.subquad.sparse_attention if traced(q) else _eager
     o, lse, *kept = run(
-        *given, q_pos, k_pos, cu_seqlens, layout.index, layout.counts, layout.bits, layout.bit_index, layout.starts, layout.stops,
+        *given, table, q_pos, k_pos, cu_seqlens, layout.index, layout.counts, layout.bits, layout.bit_index, layout.starts, layout.stops,
         encode(layout.inner), layout.block_q, layout.block_k, float(scale), float(softcap or 0), stats, learns,
     )  # fmt: skip
     kept = kept[0] if kept and isinstance(kept[0], list) else kept

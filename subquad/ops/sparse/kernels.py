@@ -29,16 +29,16 @@ INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def query_kernel(
-    q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, q_factor, k_factor,
-    o_at, lse_at, top_at, arg_at, do_at, d_lse, d_top, log_at, delta_at, top_rows, arg_rows, dq_at, d_slope, d_factor,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, qp_b, kp_b, kb_b, kb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
+    q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table,
+    q_factor, k_factor, o_at, lse_at, top_at, arg_at, do_at, d_lse, d_top, log_at, delta_at, top_rows, arg_rows, dq_at, d_slope, d_factor,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, qp_b, kp_b, kb_b, kb_h, tb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
     n, m, tiles, blocks, entries, row_tiles, scale,
     GRAD: tl.constexpr, H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, LISTS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, S: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
-    RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr,
-    IP: tl.constexpr,
+    RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr, REACH: tl.constexpr,
+    CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """o ``[B, N, H, V]``, lse and max ``[B, N, H]``; or (GRAD) q̇, what falls to slopes and factors, and lse and δ in the order
     of `key_kernel`'s tiles of queries ``[B, H, row_tiles · S]``. Program: a tile of M queries, a head, a batch row."""
@@ -59,6 +59,7 @@ def query_kernel(
     qp = positions(None if q_pos is None else q_pos + b * qp_b, first, rows, q0, q_in, m - n if G0 == 0 else 0)[:, None]
     qs = None if sequence is None else tl.load(sequence + first + rows, mask=q_in, other=-1)[:, None]
     slope = None if slopes is None else tl.load(slopes + h)
+    of_head = None if table is None else table + h * tb_h
     runs = None if starts is None else starts + (which * blocks + first // BLOCK_Q) * RUNS
     ends = None if stops is None else stops + (which * blocks + first // BLOCK_Q) * RUNS
     if q_factor is not None:
@@ -105,7 +106,7 @@ def query_kernel(
             if k_factor is not None:
                 kf = rows_of(k_factor + b * kf_b + k_first * kf_n + h * kf_h, near, kf_n, k_in, f_cols, R, BR, PARTIAL)
                 factors = tl.dot(qf, tl.trans(kf), input_precision="tf32x3")
-            s, bend = shaped(tl.dot(q, tl.trans(k), input_precision=IP), factors, qp, kp, slope, kb, scale, CAP, PLAIN)
+            s, bend = shaped(tl.dot(q, tl.trans(k), input_precision=IP), factors, qp, kp, slope, kb, of_head, scale, REACH, CAP, PLAIN)
             if PARTIAL:
                 number = 0 if numbers is None else tl.load(numbers + item)
                 ks = None if sequence is None else tl.load(sequence + begin + near, mask=k_in, other=-2)[None, :]
@@ -162,15 +163,15 @@ def query_kernel(
 
 @triton.jit
 def key_kernel(
-    q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, q_factor, k_factor,
-    log_at, delta_at, top_rows, arg_rows, do_at, dk_at, dv_at, d_bias, d_factor,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, qp_b, kp_b, kb_b, kb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
+    q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table,
+    q_factor, k_factor, log_at, delta_at, top_rows, arg_rows, do_at, dk_at, dv_at, d_bias, d_factor,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, qp_b, kp_b, kb_b, kb_h, tb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
     n, m, tiles, blocks, entries, row_tiles, scale,
     H: tl.constexpr, HS: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, LISTS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    RUNS: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
+    RUNS: tl.constexpr, REACH: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """k̇ ``[B, M, HS, D]``, v̇ ``[B, M, HS, V]``, and what falls to the bias of keys and to their factors, for each head. Program:
     a tile of N keys, one of HS heads with all heads of queries that read it, a batch row. Tiles are ``[keys, queries]``."""
@@ -200,6 +201,7 @@ def key_kernel(
     for j in range(group):
         h = hs * group + j
         slope = None if slopes is None else tl.load(slopes + h)
+        of_head = None if table is None else table + h * tb_h
         kb = None if key_bias is None else tl.load(key_bias + b * kb_b + h * kb_h + first + rows, mask=k_in, other=0.0)[:, None]
         sums = tl.zeros([N], tl.float32)
         if k_factor is not None:
@@ -220,7 +222,7 @@ def key_kernel(
                     qf = rows_of(q_factor + b * qf_b + q_first * qf_n + h * qf_h, near, qf_n, q_in, f_cols, R, BR, True)
                     factors = tl.dot(kf, tl.trans(qf), input_precision="tf32x3")
                 at = ((b * H + h) * row_tiles + visitor) * M + tl.arange(0, M)
-                s, bend = shaped(tl.dot(k, tl.trans(q), input_precision=IP), factors, qp, kp, slope, kb, scale, CAP, PLAIN)
+                s, bend = shaped(tl.dot(k, tl.trans(q), input_precision=IP), factors, qp, kp, slope, kb, of_head, scale, REACH, CAP, PLAIN)
                 if PARTIAL:
                     number = 0 if numbers is None else tl.load(numbers + item)
                     qs = None if sequence is None else tl.load(sequence + begin + near, mask=q_in, other=-1)[None, :]

@@ -63,6 +63,7 @@ class Inputs(NamedTuple):
         sequence: ``[N]``, of each token, for packed input.
         slopes: ``[H]``.
         key_bias: ``[B|1, H|1, M]``.
+        table: ``[H|1, 2R + 1]``, by relative position; it has no gradient here.
         q_factor, k_factor: ``[B|1, tokens, H|1, R]``.
     """
 
@@ -77,6 +78,7 @@ class Inputs(NamedTuple):
     sequence: Tensor | None = None
     slopes: Tensor | None = None
     key_bias: Tensor | None = None
+    table: Tensor | None = None
     q_factor: Tensor | None = None
     k_factor: Tensor | None = None
 
@@ -170,10 +172,11 @@ def _run(
         return
     rank = 0 if x.q_factor is None else x.q_factor.shape[3]
     runs = 0 if x.starts is None else x.starts.shape[3]
-    plain = how.scale > 0 and not how.softcap and x.slopes is None and x.key_bias is None and x.q_factor is None
+    reach = 0 if x.table is None else x.table.shape[1] // 2
+    plain = how.scale > 0 and not how.softcap and x.slopes is None and x.key_bias is None and x.q_factor is None and x.table is None
     launch = _launcher(
         kernel, how.rule, tiles, order, x.q.dtype, x.q.shape[3], x.v.shape[3], rank, x.heads, shared, x.q.shape[2], x.k.shape[2],
-        x.v.shape[2], lists.heads, lists.rows > 1, how.block_q, how.block_k, runs, how.softcap, plain,
+        x.v.shape[2], lists.heads, lists.rows > 1, how.block_q, how.block_k, runs, reach, how.softcap, plain,
     )  # fmt: skip
     blocks = -(-n // how.block_q) if how.block_q else 0
     given = (x.q, x.k, x.v, lists.offsets, lists.items, lists.order, lists.numbers, *x[3:])
@@ -185,6 +188,7 @@ def _run(
         _row(x.q_pos),
         _row(x.k_pos),
         *_bias(x.key_bias),
+        _row(x.table),
         *_by(x.q_factor),
         *_by(x.k_factor),
     )
@@ -213,7 +217,7 @@ def _bias(x: Tensor | None) -> tuple[int, int]:
 def _launcher(
     kernel: str, rule: Rule, tiles: Tiling, order: Tiling, dtype: torch.dtype, width: int, values: int, rank: int, heads: int,
     shared: int, q_heads: int, k_heads: int, v_heads: int, list_heads: int, rows: bool, block_q: int, block_k: int, runs: int,
-    softcap: float, plain: bool,
+    reach: int, softcap: float, plain: bool,
 ) -> Launcher:  # fmt: skip
     tile = tile_of(kernel, max(width, values), 8 * dtype.itemsize, bool(tiles.grid), block_q, block_k)
 
@@ -231,6 +235,6 @@ def _launcher(
     return launcher(
         kernels.key_kernel if kernel == "key" else kernels.query_kernel, **which, **heads_of, **named, D=width, BD=padded(width),
         V=values, BV=padded(values), R=rank, BR=padded(max(rank, 1)), M=tiles.q, N=tiles.k,
-        RULE=None if everything else triton_rule(rule, bool(tiles.grid)), BLOCK_Q=block_q, BLOCK_K=block_k, RUNS=runs, CAP=softcap,
-        PLAIN=plain, IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
+        RULE=None if everything else triton_rule(rule, bool(tiles.grid)), BLOCK_Q=block_q, BLOCK_K=block_k, RUNS=runs, REACH=reach,
+        CAP=softcap, PLAIN=plain, IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

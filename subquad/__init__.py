@@ -6,6 +6,7 @@
 >>> o = subquad.attend(q, k, v, "sliding-window", window=512)    # mechanisms without parameters
 >>> subquad.swap(model, "lolcats"); subquad.restore(model)       # in a pretrained model
 >>> subquad.distill(student, teacher, data)                      # teach it
+>>> subquad.finetune(student, data); subquad.merge_lora(student) # and tune it with low-rank adapters
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from subquad.state import State
 if TYPE_CHECKING:
     from subquad.bench.report import Report
     from subquad.convert.distill import distill
+    from subquad.convert.finetune import finetune
+    from subquad.convert.lora import merge_lora
     from subquad.convert.swap import restore, swap
 
 
@@ -46,12 +49,14 @@ _LATER = {
     "swap": "subquad.convert.swap",
     "restore": "subquad.convert.swap",
     "distill": "subquad.convert.distill",
+    "finetune": "subquad.convert.finetune",
+    "merge_lora": "subquad.convert.lora",
     "Report": "subquad.bench.report",
 }
 
 __all__ = [
     "Attention", "Call", "Card", "Input", "InputError", "Report", "Rotary", "Shape", "State", "__version__", "attend", "attention",
-    "card", "distill", "mechanism", "mechanisms", "reference", "register", "restore", "swap",
+    "card", "distill", "finetune", "mechanism", "mechanisms", "merge_lora", "reference", "register", "restore", "swap",
 ]  # fmt: skip
 
 

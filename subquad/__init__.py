@@ -7,6 +7,7 @@
 >>> subquad.swap(model, "lolcats"); subquad.restore(model)       # in a pretrained model
 >>> subquad.distill(student, teacher, data)                      # teach it
 >>> subquad.finetune(student, data); subquad.merge_lora(student) # and tune it with low-rank adapters
+>>> subquad.linearize(model, "lolcats", data)                    # all of that, by a published recipe
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from subquad.convert.distill import distill
     from subquad.convert.finetune import finetune
     from subquad.convert.lora import merge_lora
+    from subquad.convert.recipe import linearize
     from subquad.convert.swap import restore, swap
 
 
@@ -51,12 +53,13 @@ _LATER = {
     "distill": "subquad.convert.distill",
     "finetune": "subquad.convert.finetune",
     "merge_lora": "subquad.convert.lora",
+    "linearize": "subquad.convert.recipe",
     "Report": "subquad.bench.report",
 }
 
 __all__ = [
     "Attention", "Call", "Card", "Input", "InputError", "Report", "Rotary", "Shape", "State", "__version__", "attend", "attention",
-    "card", "distill", "finetune", "mechanism", "mechanisms", "merge_lora", "reference", "register", "restore", "swap",
+    "card", "distill", "finetune", "linearize", "mechanism", "mechanisms", "merge_lora", "reference", "register", "restore", "swap",
 ]  # fmt: skip
 
 

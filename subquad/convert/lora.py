@@ -69,7 +69,8 @@ def add_lora(model: nn.Module, paths: Sequence[str], rank: int, alpha: float) ->
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise InputError("targets", f"low-rank adapters without peft ({error})", "pip install 'subquad[convert]'") from None
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(paths), lora_dropout=0.0), model)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(paths), lora_dropout=0.0)  # type: ignore[arg-type]
+    inject_adapter_in_model(config, model)
     for layer in adapters(model).values():
         layer.train(layer.get_base_layer().training)
     model.requires_grad_(False)

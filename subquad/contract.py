@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ class Call:
 
 class Attention(nn.Module):
     """Base of all mechanisms. Subclasses set `card` and write `mix`; options are keyword arguments of `__init__`,
-    each kept as an attribute of the same name.
+    each kept as an attribute of the same name. Where options add inputs, an instance has a card of its own.
 
     Args:
         heads: query heads H.
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         layer: (index, count), for mechanisms whose constants depend on depth.
     """
 
-    card: ClassVar[Card]
+    card: Card
 
     def __init__(
         self,
@@ -265,14 +265,16 @@ class Attention(nn.Module):
         if rotary is not None and rotary.cos.dim() == 3 and rotary.cos.shape[0] not in (1, q.shape[0]):
             raise InputError("rotary", f"cos {list(rotary.cos.shape)}", f"one row, or a row for each of the {q.shape[0]} in the batch")
         if card.needs_grid:
+            text = getattr(self, "text_tokens", 0)  # tokens of the sequence that are not on the grid
+            beside, count = (f" beside {text} of text" if text else ""), "sides whose product is "
             sides = isinstance(grid, tuple | list) and all(type(side) is int and side > 0 for side in grid)
             if not sides or grid is None:
-                raise InputError("grid", repr(grid), f"(rows, columns) whose product is {q.shape[1]}: {card.name} works on a grid")
-            tokens = math.prod(grid)
+                raise InputError("grid", repr(grid), f"(rows, columns) whose product is {q.shape[1] - text}: {card.name} works on a grid")
+            tokens = math.prod(grid) + text
             if cu_seqlens is None and tokens != q.shape[1]:
-                raise InputError("grid", tuple(grid), f"sides whose product is the number of tokens, {q.shape[1]}")
+                raise InputError("grid", tuple(grid), f"{count}the number of tokens{beside}, {q.shape[1] - text}")
             if cu_seqlens is not None and not torch.compiler.is_compiling() and any(n != tokens for n in cu_seqlens.diff().tolist()):
-                raise InputError("grid", tuple(grid), f"sides whose product is the length of every sequence, {cu_seqlens.diff().tolist()}")
+                raise InputError("grid", tuple(grid), f"{count}the length of every sequence{beside}, {(cu_seqlens.diff() - text).tolist()}")
         if (state is not None or return_state) and not (card.causal and getattr(self, "causal", True)):
             why = f"none: {card.name} is not causal" + (" (it was made with causal=False)" if card.causal else "")
             raise InputError("state" if state is not None else "return_state", "given", why)

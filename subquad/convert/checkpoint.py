@@ -24,7 +24,7 @@ from torch import Tensor
 from subquad.checks import InputError
 
 _TENSORS, _RUN = "tensors.safetensors", "run.json"
-_SHOULD = "a folder that is new, empty, or an unfinished run of the same command"
+SHOULD = "a folder that is new, empty, or an unfinished run of the same command"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Checkpoints:
         run = self._run(newest)
         self._compare(run["settings"])
         if run["step"] >= steps and not take_finished:
-            raise InputError("out", f"{self.out}, a finished run", _SHOULD)
+            raise InputError("out", f"{self.out}, a finished run", SHOULD)
 
     def load(self) -> Checkpoint | None:
         """The newest checkpoint, or None if the run has not begun."""
@@ -122,11 +122,11 @@ class Checkpoints:
         if not self.out.exists():
             return
         if not self.out.is_dir():
-            raise InputError("out", f"{self.out}, a file", _SHOULD)
+            raise InputError("out", f"{self.out}, a file", SHOULD)
         drafts = self.folder.iterdir() if self.folder.is_dir() else []
         others = [x for x in self.out.iterdir() if x != self.folder] + [x for x in drafts if not x.name.startswith(".draft-")]
         if others:
-            raise InputError("out", f"{self.out}, which holds {others[0].name}", _SHOULD)
+            raise InputError("out", f"{self.out}, which holds {others[0].name}", SHOULD)
 
     def _compare(self, before: dict[str, Any]) -> None:
         for key in {**before, **self.settings}:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from subquad.checks import InputError
@@ -67,6 +68,8 @@ def distill(
     seed: int = 0,
     progress: bool = True,
     take_finished: bool = False,
+    group: int | None = None,
+    device: torch.device | str | None = None,
 ) -> DistillResult:
     """Teach the new parameters of a swapped model, in place, to do what the teacher's attention does.
 
@@ -92,6 +95,10 @@ def distill(
         seed: of the order of batches, and of any randomness within a step.
         progress: show a bar when the run takes longer than two seconds.
         take_finished: if `out` holds the finished run of this call, take its weights instead of refusing.
+        group: teach so many layers at a time, block by block, on `device` (default: a GPU where there is one), the rest of the
+            models staying where they are; hidden states between groups are kept in `out`, which is needed then. For
+            decoders that do not fit on the device; the result is the same.
+        device: of the group.
 
     Raises:
         InputError: nothing to learn, models that do not match, text shorter than a batch, or an `out` that is not an
@@ -102,6 +109,9 @@ def distill(
     pupils = _pupils(student)
     feed = Feed(data, steps, batch, length, seed)
     settings = {"layers": described(pupils), "steps": steps, "lr": lr, "seed": seed, **feed.settings, "teacher": fingerprint(teacher)}
+    if group is not None:
+        options = {"steps": steps, "lr": lr, "save_every": save_every, "seed": seed, "progress": progress, "take_finished": take_finished}
+        return _in_groups(student, teacher, feed, pupils, group, device, out, settings, options)
     keeper = None if out is None else Checkpoints(out, settings, steps, take_finished=take_finished)
     with lessons(student, teacher, pupils) as teach, Bar("distill", steps, progress) as bar:
         run = _Run(pupils, steps, lr, keeper)
@@ -113,6 +123,19 @@ def distill(
             if keeper is not None and (run.step % save_every == 0 or run.step == steps):
                 run.save()
     return run.result()
+
+
+def _in_groups(
+    student: nn.Module, teacher: nn.Module, feed: Feed, pupils: Pupils, group: int, device: torch.device | str | None,
+    out: str | Path | None, settings: dict[str, Any], options: dict[str, Any],
+) -> DistillResult:  # fmt: skip
+    from subquad.convert.blockwise import distill_in_groups
+
+    check_counts(group=group)
+    if out is None:
+        raise InputError("out", None, "a folder for the hidden states between groups")
+    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return distill_in_groups(student, teacher, feed, pupils, group, device=where, out=Path(out), settings=settings, **options)
 
 
 def _pupils(student: nn.Module) -> Pupils:

@@ -121,18 +121,18 @@ def parse(name: str, text: str, file: str) -> Recipe:
     try:
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InputError("recipe", f"{file}, which cannot be read ({error})", "a file of valid TOML") from None
+        raise InputError(f"recipe {file}", f"TOML that cannot be read ({error})", "a file of valid TOML") from None
     _known(file, "", given, (*WORDS, "needs", "mechanism", *STAGES))
     title, paper, summary, cost = (_typed(file, key, given.get(key), str) for key in WORDS)
     needs = _typed(file, "needs", given.get("needs"), list)
     options = dict(_typed(file, "[mechanism]", given.get("mechanism"), dict))
     mechanism = _typed(file, "mechanism.name", options.pop("name", None), str)
     if mechanism not in contract.mechanisms():
-        raise nearest("recipe", f"{file} with mechanism {mechanism}", contract.mechanisms(), "file that names a mechanism")
+        raise nearest(f"recipe {file}", mechanism, contract.mechanisms(), "mechanism")
     _known(file, "mechanism.", options, contract.option_defaults(contract.mechanism(mechanism)))
     stages = {key: _stage(file, key, given[key]) for key in STAGES if key in given}
     if not stages:
-        raise InputError("recipe", f"{file} without a stage", f"{' or '.join(f'[{key}]' for key in STAGES)}")
+        raise InputError(f"recipe {file}", "no stage", f"{' or '.join(f'[{key}]' for key in STAGES)}")
     return Recipe(
         name, title, paper, summary, cost, tuple(map(str, needs)), mechanism, options, stages.get("transfer"), stages.get("finetune")
     )  # fmt: skip
@@ -156,14 +156,14 @@ def _defaults(stage: str) -> dict[str, Any]:
 def _known(file: str, place: str, given: Mapping[str, Any], known: Any) -> None:
     for key in given:
         if key not in known:
-            raise nearest("recipe", f"{file} with {place}{key}", [f"{place}{name}" for name in known], "key")
+            raise nearest(f"recipe {file}", f"{place}{key}", [f"{place}{name}" for name in known], "key")
 
 
 def _typed(file: str, key: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         was = f"no {key}" if value is None else f"{key} = {value!r}"
         names = {str: "a text", list: "a list", dict: "a table", int: "an integer", bool: "true or false"}
-        raise InputError("recipe", f"{file} with {was}", names.get(kind, "a number"))
+        raise InputError(f"recipe {file}", was, names.get(kind, "a number"))
     return value
 
 

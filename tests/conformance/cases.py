@@ -47,14 +47,16 @@ class Case:
 
     @property
     def card(self) -> Card:
-        return subquad.card(self.name)
+        """The class's, or where options differ the module's own, as these may add inputs."""
+        return _card_of(self) if self.changed else subquad.card(self.name)
 
     @property
     def options(self) -> dict[str, Any]:
         """Small windows and blocks where the defaults would hide a border, the mode, and this case's changes."""
         defaults = option_defaults(subquad.mechanism(self.name))
         small = {name: size for name, size in SMALL.items() if isinstance(defaults.get(name), int)}
-        mode = {"causal": self.causal} if self.card.causal and self.card.bidirectional else {}
+        card = subquad.card(self.name)
+        mode = {"causal": self.causal} if card.causal and card.bidirectional else {}
         return {**small, **mode, **dict(self.changed)}
 
     def make(self, dtype: torch.dtype = torch.float64, *, heads: int = HEADS, head_dim: int = DIM, **sizes: Any) -> Attention:
@@ -122,6 +124,11 @@ class Case:
     def pack(self, parts: list[Inputs]) -> Inputs:
         """Sequences ``[1, n, …]`` one after another, as one packed input."""
         return {name: torch.cat([p[name] for p in parts], 1) if self.has_tokens(name) else parts[0][name] for name in parts[0]}
+
+
+@functools.cache
+def _card_of(case: Case) -> Card:
+    return case.make().card
 
 
 def sizes_of(module: Attention, batch: int, n: int) -> dict[str, int]:

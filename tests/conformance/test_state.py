@@ -70,6 +70,8 @@ def test_states_of_bfloat16_inputs_are_exact(case, pieces):
         _, state = split(case, module, x, pieces)
         _, exact = split(case, case.twin(module, torch.float64), {name: t.double() for name, t in x.items()}, pieces)
     for name, t in state.tensors.items():
+        if not t.numel():
+            continue
         off = (t - exact[name]).square().mean().sqrt() / exact[name].square().mean().sqrt()
         assert off <= (0 if t.dtype == torch.bfloat16 else 1e-5), f"{name} ({t.dtype}): off by {off:.1e}"
 

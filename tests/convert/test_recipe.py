@@ -1,6 +1,7 @@
 """Recipes: what their files may say, how they are scaled, and that `linearize` is swap, distill, finetune and merge."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -139,23 +140,23 @@ def test_nothing_to_transfer_is_left_out(model, tokens):
 
 def test_damaged_files_are_named(tmp_path):
     for old, new, message in (
-        ('title = "Mine"', "title = 3", "with title = 3; expected a text"),
-        ('title = "Mine"', "", "with no title; expected a text"),
-        ("[mechanism]", "[mechanismus]", "with mechanismus; expected a key; nearest: mechanism"),
-        ('name = "lolcats"', 'name = "lolcat"', "with mechanism lolcat.*nearest: .*lolcats"),
-        ("window = 4", "windw = 4", "with mechanism.windw.*nearest: mechanism.window"),
-        ("steps = 30", "step = 30", "with transfer.step.*nearest: transfer.steps"),
-        ("steps = 30", "", "with no transfer.steps; expected an integer"),
-        ("steps = 10", "steps = true", "with finetune.steps = True; expected an integer"),
-        ("accumulate = 2", 'accumulate = "2"', "with finetune.accumulate = '2'; expected an integer"),
-        ('targets = ["q_proj", "k_proj"]', 'targets = "q_proj"', "with finetune.targets = 'q_proj'; expected a list"),
-        ("lr = 1e-2", "lr = ", "which cannot be read"),
+        ('title = "Mine"', "title = 3", "title = 3; expected a text"),
+        ('title = "Mine"', "", "no title; expected a text"),
+        ("[mechanism]", "[mechanismus]", "'mechanismus'; expected a key; nearest: mechanism"),
+        ('name = "lolcats"', 'name = "lolcat"', "'lolcat'; expected a mechanism; nearest: .*lolcats"),
+        ("window = 4", "windw = 4", "'mechanism.windw'; expected a key; nearest: mechanism.window"),
+        ("steps = 30", "step = 30", "'transfer.step'.*nearest: transfer.steps"),
+        ("steps = 30", "", "no transfer.steps; expected an integer"),
+        ("steps = 10", "steps = true", "finetune.steps = True; expected an integer"),
+        ("accumulate = 2", 'accumulate = "2"', "finetune.accumulate = '2'; expected an integer"),
+        ('targets = ["q_proj", "k_proj"]', 'targets = "q_proj"', "finetune.targets = 'q_proj'; expected a list"),
+        ("lr = 1e-2", "lr = ", "TOML that cannot be read"),
     ):
         assert old in TEXT
-        with pytest.raises(InputError, match=rf"recipe: got mine\.toml,? ?.*{message}") as error:
+        with pytest.raises(InputError) as error:
             parse("mine", TEXT.replace(old, new), "mine.toml")
-        assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="without a stage"):
+        assert re.match(rf"recipe mine\.toml: got {message}", str(error.value)) and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="got no stage; expected"):
         parse("mine", TEXT[: TEXT.index("[transfer]")], "mine.toml")
     with pytest.raises(InputError, match=r"recipe: got 'lolcat'.*nearest: lolcats"):
         recipe("lolcat")

@@ -125,6 +125,7 @@ def test_state_carried_in_bfloat16(case):
 # ---- faults inside a primitive ---------------------------------------------------------------------------------------
 
 LINEAR, DECAY, DELTA = "subquad.ops.linear.chunked", "subquad.ops.linear.decay", "subquad.ops.delta.chunked"
+LINEARIZED = ("liger", "lizard", "lawcat")
 CARRIED = "carried = state[span.rows].flatten(0, 1)"
 LEAK, OUTPUT, STEPS = (
     ("output", "leak", "leak of gradients"),
@@ -135,20 +136,20 @@ PLANTED = [  # what it is, the module, the text and what takes its place, mechan
     ("no causal mask, without decay", DECAY, ".tril_()", "", ("hedgehog", "based", "lolcats", "deltanet"), LEAK),
     (
         "no causal mask, with decay", DECAY, ".masked_fill_(later, -torch.inf)", "",
-        ("lightning", "retnet", "simple-gla", "gated-deltanet"), LEAK,
+        ("lightning", "retnet", "simple-gla", "gated-deltanet", "lizard"), LEAK,
     ),
     (
         "no causal mask, decay per channel", DECAY, "a.new_zeros(p, m, c * ra, c * rb)",
-        "torch.bmm(rows(a), rows(b).mT).view(p, m, c * ra, c * rb)", ("gla", "hgrn2", "kda"), LEAK,
+        "torch.bmm(rows(a), rows(b).mT).view(p, m, c * ra, c * rb)", ("gla", "hgrn2", "kda", "liger", "lawcat"), LEAK,
     ),
     (
         "no causal mask inside a block", "subquad.ops.sparse.tiles",
         "p.layout.rule.allowed(p.arange(first, last + 1)[:, None], p.arange(a, b))",
-        "p.arange(first, last + 1)[:, None] + p.arange(a, b) > -1", ("sliding-window", "lolcats"), LEAK,
+        "p.arange(first, last + 1)[:, None] + p.arange(a, b) > -1", ("sliding-window", "lolcats", *LINEARIZED), LEAK,
     ),
     (
         "bfloat16 between chunks", LINEAR, "starts.append(state)", "state = state.bfloat16().to(state.dtype); starts.append(state)",
-        ("hedgehog", "based", "lolcats", "lightning", "retnet", "simple-gla", "gla", "hgrn2"), OUTPUT,
+        ("hedgehog", "based", "lolcats", "lightning", "retnet", "simple-gla", "gla", "hgrn2", *LINEARIZED), OUTPUT,
     ),
     (
         "bfloat16 between chunks", DELTA, "u = torch.baddbmm(fresh", "state = state.bfloat16().to(state.dtype); u = torch.baddbmm(fresh",
@@ -156,7 +157,7 @@ PLANTED = [  # what it is, the module, the text and what takes its place, mechan
     ),
     (
         "bfloat16 in a step", LINEAR, "torch.addcmul(state, k", "torch.addcmul(state.bfloat16().to(state.dtype), k",
-        ("hedgehog", "based", "lightning", "retnet", "simple-gla", "gla", "hgrn2"), STEPS,
+        ("hedgehog", "based", "lightning", "retnet", "simple-gla", "gla", "hgrn2", *LINEARIZED), STEPS,
     ),
     (
         "bfloat16 in a step", DELTA, "torch.addcmul(state, k", "torch.addcmul(state.bfloat16().to(state.dtype), k",
@@ -164,17 +165,17 @@ PLANTED = [  # what it is, the module, the text and what takes its place, mechan
     ),
     (
         "no decay between chunks", LINEAR, "torch.addcmul(sums[:, i], total[:, min(i, total.shape[1] - 1)], state)", "sums[:, i] + state",
-        ("lightning", "retnet", "simple-gla", "gla", "hgrn2"), OUTPUT,
+        ("lightning", "retnet", "simple-gla", "gla", "hgrn2", *LINEARIZED), OUTPUT,
     ),
     ("no decay between chunks", DELTA, "if total is not None:", "if False:", ("gated-deltanet", "kda"), OUTPUT),
     (
         "no decay in a step", LINEAR, "if log_decay is not None:\n        a = ", "if False:\n        a = ",
-        ("lightning", "retnet", "simple-gla", "gla", "hgrn2"), STEPS,
+        ("lightning", "retnet", "simple-gla", "gla", "hgrn2", *LINEARIZED), STEPS,
     ),
     ("no decay in a step", DELTA, "if log_decay is not None:\n        a = ", "if False:\n        a = ", ("gated-deltanet", "kda"), STEPS),
     (
         "sequences run together", LINEAR, CARRIED, f"{CARRIED} if not span.start else carried",
-        ("lightning", "retnet", "simple-gla", "gla", "hgrn2", "based"), ("packed",),
+        ("lightning", "retnet", "simple-gla", "gla", "hgrn2", "based", *LINEARIZED), ("packed",),
     ),
     (
         "sequences run together", DELTA, CARRIED, f"{CARRIED} if not span.start else carried",
@@ -186,7 +187,8 @@ PLANTED = [  # what it is, the module, the text and what takes its place, mechan
             names, ("output", "output in float32", "steps"),
         )
         for primitive, names in (
-            ("linear", ("gla", "simple-gla")), ("delta", ("deltanet", "gated-deltanet", "kda")), ("sparse", ("sliding-window", "lolcats")),
+            ("linear", ("gla", "simple-gla")), ("delta", ("deltanet", "gated-deltanet", "kda")),
+            ("sparse", ("sliding-window", "lolcats", *LINEARIZED)),
         )
     ),
 ]  # fmt: skip

@@ -5,7 +5,9 @@ import torch
 
 import subquad
 from subquad import InputError
-from subquad.ops.sparse import Layout
+from subquad.ops.merge import merge
+from subquad.ops.sparse import Layout, sparse_attention
+from subquad.ops.sparse.layout import segments
 
 
 def rows(name, n, heads=1, *, grid=None, **options):
@@ -53,10 +55,55 @@ def test_clear_sees_a_disc(grid):
     assert torch.equal(rows("clear", n, grid=grid, radius=1)[0], torch.eye(n, dtype=torch.float64))
 
 
-def test_clear_costs_what_was_published():
-    """Kept scores alone of 512 x 512 tokens at radius 8: 4 · 3072 · 193 multiply–adds a token, up to the disc's ragged edge."""
-    shape = subquad.Shape(512 * 512, 24, 128)
-    assert subquad.card("clear").flops(shape, radius=8.0) == pytest.approx(4 * 3072 * 193 * 512 * 512, rel=0.05)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("grid", [(5, 11), (11, 5)])
+def test_clear_joins_image_and_text(grid, first):
+    """The image's rows are the disc merged with the text by their log-sum-exp; the text's are plain attention to all."""
+    torch.manual_seed(0)
+    n, text = 55, 7
+    module = subquad.attention("clear", 2, 8, kv_heads=1, radius=2.5, text_tokens=text, text_first=first)
+    x = [torch.randn(2, n + text, h, 8, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1)]
+    o = module(*x, grid=grid)
+    image, words = (slice(text, None), slice(0, text)) if first else (slice(0, n), slice(n, None))
+    q, k, v = (t.repeat_interleave(2 // t.shape[2], 2) for t in x)
+    disc = sparse_attention(q[:, image], k[:, image], v[:, image], Layout.circle(grid, 2.5), return_lse=True)
+    scores = torch.einsum("bnhd,bmhd->bnhm", q, k[:, words]) * 8**-0.5
+    read = torch.einsum("bnhm,bmhd->bnhd", scores.softmax(-1), v[:, words]), scores.logsumexp(-1)
+    joined = merge([disc, (read[0][:, image], read[1][:, image])])[0]
+    all_of_it = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2)[:, :, words], k.transpose(1, 2), v.transpose(1, 2))
+    expected = torch.empty_like(o)
+    expected[:, image], expected[:, words] = joined, all_of_it.transpose(1, 2)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(o, subquad.reference("clear")(module, *x, grid=grid))
+    weight = torch.randn_like(o)
+    for got, want in zip(*(torch.autograd.grad((y * weight).sum(), x) for y in (o, expected))):
+        torch.testing.assert_close(got, want)
+
+
+def test_clear_packs_images_with_their_text():
+    torch.manual_seed(0)
+    module = subquad.attention("clear", 2, 8, radius=2, text_tokens=3)
+    x = [torch.randn(2, 27, 2, 8, dtype=torch.float64) for _ in range(3)]
+    packed = module(*(t.flatten(0, 1)[None] for t in x), grid=(4, 6), cu_seqlens=torch.tensor([0, 27, 54]))
+    torch.testing.assert_close(packed[0], module(*x, grid=(4, 6)).flatten(0, 1))
+    with pytest.raises(InputError, match=r"grid: got .3, 9.; expected .* beside 3 of text, 24"):
+        module(*x, grid=(3, 9))
+
+
+@pytest.mark.parametrize("side, radius, published", [(64, 8, 0.0635), (64, 16, 0.0866), (64, 32, 0.154), (512, 8, 3.92)])
+def test_clear_costs_what_was_published(side, radius, published):
+    """Tera-operations of a layer of FLUX with 512 text tokens (the paper's table), up to the discs' ragged edges."""
+    flops = subquad.card("clear").flops(subquad.Shape(side * side + 512, 24, 128), radius=float(radius), text_tokens=512)
+    assert flops == pytest.approx(published * 1e12, rel=0.03)
+
+
+def test_clear_visits_what_it_should():
+    """Pairs that are computed, of a 64 x 64 image behind 512 text tokens: the text's, and a few times the disc's."""
+    seen = Layout.circle((64, 64), 8, text_tokens=512)
+    image = [sum(b - a for a, b, _ in segments(seen.inner, q, q + 63, seen.m)) * 64 for q in range(512, seen.n, 64)]
+    text = [sum(b - a for a, b, _ in segments(seen.inner, q, q + 63, seen.m)) * 64 for q in range(0, 512, 64)]
+    assert sum(text) == 512 * seen.m
+    assert sum(image) <= 4096 * (512 + 64 * 15)
 
 
 def test_powerattention_reaches_two_to_the_layers():

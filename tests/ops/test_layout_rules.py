@@ -96,6 +96,16 @@ def test_circle(grid, radius):
     assert torch.equal(Layout.circle(grid, radius).to_mask(), want)
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("text", [1, 4, 50])
+def test_circle_beside_text(text, first):
+    at = list(itertools.product(range(5), range(7)))
+    at = [None] * text + at if first else at + [None] * text
+    want = by_pairs(len(at), lambda i, j: at[i] is None or at[j] is None or math.dist(at[i], at[j]) < 2.5)
+    layout = Layout.circle((5, 7), 2.5, text_tokens=text, text_first=first)
+    assert torch.equal(layout.to_mask(), want) and layout.density == pytest.approx(want.double().mean().item(), rel=1e-12)
+
+
 def test_circle_has_the_published_number_of_keys():
     for radius, keys in ((8, 193), (16, 793), (32, 3205)):
         layout = Layout.circle((65, 65), radius)
@@ -136,6 +146,8 @@ STATIC = {
     "three axes": lambda: Layout.neighborhood((4, 6, 7), 3),
     "circle": lambda: Layout.circle((11, 14), 4.5),
     "ball": lambda: Layout.circle((5, 6, 7), 3),
+    "circle behind text": lambda: Layout.circle((11, 14), 4.5, text_tokens=9),
+    "circle before text": lambda: Layout.circle((11, 14), 2.5, text_tokens=70, text_first=False),
     "strided": lambda: Layout.strided(170, 3, window=2, block=8, offset=1),
     "strided keys": lambda: Layout.strided(100, 7, window=5, block=1),
     "power": lambda: Layout.power(200, window=2, sinks=1, block=8),
@@ -181,6 +193,8 @@ RULES = {name: make().inner for name, make in {
     "line": lambda: Layout.neighborhood(30, 5, stride=2), "dilated": lambda: Layout.neighborhood(30, 5, dilation=3),
     "causal": lambda: Layout.neighborhood((5, 6), 3, causal=(True, False)), "grid": lambda: Layout.neighborhood((5, 6), (2, 4)),
     "video": lambda: Layout.neighborhood((2, 3, 5), (2, 3, 3)), "circle": lambda: Layout.circle((5, 6), 2.5),
+    "behind text": lambda: Layout.circle((5, 5), 2, text_tokens=5),
+    "before text": lambda: Layout.circle((4, 6), 2, text_tokens=6, text_first=False),
     "strided": lambda: Layout.strided(30, 3, window=2, block=4, offset=1), "power": lambda: Layout.power(30, sinks=1, block=2),
     "band": lambda: Layout.band(30, 3, 4), "longformer": lambda: Layout.band(30, 3, 4, global_tokens=2),
     "both": lambda: Layout.power(30, block=2) & Layout.window(30, 9),

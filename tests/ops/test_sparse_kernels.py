@@ -101,6 +101,7 @@ GRIDS = {
     "circle": lambda: Layout.circle((9, 13), 3.2),
     "ball": lambda: Layout.circle((4, 5, 6), 2.5),
     "line": lambda: Layout.neighborhood(75, 12, stride=2, causal=True),
+    "image among text": lambda: Layout.circle((7, 9), 2.5, text_tokens=8),
     "joined": lambda: Layout.circle((9, 13), 3.2) | Layout.neighborhood((9, 13), 3, dilation=3),
     "joined with another kind": lambda: Layout.circle((9, 8), 3.2) | Layout.global_tokens(72, 5),
 }

@@ -24,6 +24,7 @@ from subquad.ops.common import expand_heads
 from subquad.ops.feature_maps import project_heads, softmax_halves
 from subquad.ops.linear import linear_attention
 from subquad.ops.sparse import Layout, sparse_attention
+from subquad.ops.sparse.recent import attend_behind
 from subquad.ops.sparse.stream import Stream
 from subquad.rotary import Rotary, rotate
 from subquad.state import State
@@ -146,7 +147,7 @@ def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tup
         layout = module.layout(q.shape[1], q.shape[1])
         near = sparse_attention(q, k, v, layout, cu_seqlens=call.cu_seqlens, return_lse=True, return_max=True)
     else:
-        near = window_behind(module, q, *joined, stream, length)
+        near = attend_behind(q, *joined, module.layout, stream, length)
     past = sliding_past if module.window_form == "sw" else terrace_past
     far, sums = past(module, q, *joined, stream, length, sums, call.cu_seqlens)
     o = module.combine(near, far, given)
@@ -154,18 +155,6 @@ def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tup
         return o, None
     k, v = (stream.last(x, module.held).to(given) for x in joined)
     return o, {"S": sums, "k": k, "v": v}
-
-
-def window_behind(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, stream: Stream, length: Tensor) -> tuple[Tensor, ...]:
-    """(o, lse, max) over the window, new queries against joined keys, by position."""
-    new = stream.positions(length)
-    before = length[:, None] + torch.arange(-module.held, 0, device=q.device)
-    q, q_pos, k_pos = stream.pad(q), stream.pad(new, -1), stream.join(before, new)
-    near = sparse_attention(
-        q, k, v, module.layout(q.shape[1], k.shape[1]), q_pos=q_pos, k_pos=k_pos, cu_seqlens=stream.cu_seqlens,
-        return_lse=True, return_max=True,
-    )  # fmt: skip
-    return tuple(stream.unpad(x) for x in near)
 
 
 def sliding_past(

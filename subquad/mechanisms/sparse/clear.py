@@ -2,8 +2,8 @@
 
     o_i = Σ_j softmax_j(q_i·k_j / √D) v_j   over  ‖x_i − x_j‖ < radius ,  x the place on the grid
 
-Nothing is shifted at borders: tokens there see fewer keys. Rotary turns q and k. The text tokens of the paper's joint sequence
-are a dense part of their own, to be joined by `merge`; they are not part of this.
+Nothing is shifted at borders: tokens there see fewer keys. With `text_tokens` the sequence is the paper's joint one: so many of
+its tokens, the first or the last, are text, which sees all and is seen by all. Rotary turns q and k, of text too.
 Liu, Tan, Wang: CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up (arXiv 2412.16112).
 """
 
@@ -23,8 +23,13 @@ from subquad.ops.sparse.layout import Layout
 from subquad.rotary import Rotary, rotate
 
 
-def _flops(s: Shape, radius: float = 8.0, **_: object) -> float:
-    return 2 * s.batch * s.heads * s.tokens * min(math.pi * radius * radius, s.tokens) * (s.head_dim + s.values)
+def _flops(s: Shape, radius: float = 8.0, text_tokens: int = 0, **_: object) -> float:
+    image, text = max(0, s.tokens - text_tokens), min(text_tokens, s.tokens)
+    side, r = math.sqrt(image), radius
+    # of a square image: the discs, less what lies beyond the borders
+    discs = math.pi * r**2 * image - 2 * side * 4 / 3 * r**3 + r**4 / 2 if r <= side else image**2
+    pairs = discs + 2 * image * text + text * text
+    return 2 * s.batch * s.heads * pairs * (s.head_dim + s.values)
 
 
 CARD = Card(
@@ -45,19 +50,25 @@ class Clear(Attention):
 
     Args:
         radius: keys at a smaller distance are seen.
+        text_tokens: tokens of the sequence that are text, beside those of the grid.
+        text_first: whether they stand before the image's tokens, as FLUX has them, or behind.
     """
 
     card = CARD
 
-    def __init__(self, heads: int, head_dim: int, *, radius: float = 8.0, **sizes: object) -> None:
+    def __init__(
+        self, heads: int, head_dim: int, *, radius: float = 8.0, text_tokens: int = 0, text_first: bool = True, **sizes: object
+    ) -> None:
         super().__init__(heads, head_dim, **sizes)  # type: ignore[arg-type]
         if isinstance(radius, bool) or not isinstance(radius, int | float) or not 0 < radius < math.inf:
             raise InputError("radius", radius, "a positive number")
-        self.radius = radius
+        if type(text_tokens) is not int or text_tokens < 0:
+            raise InputError("text_tokens", text_tokens, "an integer of at least 0")
+        self.radius, self.text_tokens, self.text_first = radius, text_tokens, text_first
 
     def layout(self, grid: Sequence[int]) -> Layout:
-        """The keys that each token of the grid sees."""
-        return Layout.circle(tuple(grid), self.radius)
+        """The keys that each token sees, of the grid and of text."""
+        return Layout.circle(tuple(grid), self.radius, text_tokens=self.text_tokens, text_first=self.text_first)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, None]:
         assert call.grid is not None
@@ -72,6 +83,8 @@ def reference(module: Clear, q: Tensor, k: Tensor, v: Tensor, *, grid: Sequence[
     q, k = rotate(rotary, q, k)
     k, v = (x.repeat_interleave(module.heads // module.kv_heads, 2) for x in (k, v))
     place = torch.tensor(list(product(*(range(side) for side in grid))), dtype=torch.float64, device=q.device)
-    seen = (place[:, None] - place).square().sum(-1) < module.radius**2
+    image = torch.arange(len(place), device=q.device) + (module.text_tokens if module.text_first else 0)
+    seen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device)
+    seen[image[:, None], image] = (place[:, None] - place).square().sum(-1) < module.radius**2
     s = torch.einsum("bnhd,bmhd->bhnm", q, k) * module.head_dim**-0.5
     return torch.einsum("bhnm,bmhv->bnhv", s.masked_fill(~seen, -torch.inf).softmax(-1), v)

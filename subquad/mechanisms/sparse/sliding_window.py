@@ -3,7 +3,7 @@
     o_i = Σ_j softmax_j(q_i·k_j / √D) v_j   over  i − window < j ≤ i  and  j < sinks, j ≤ i
 
 Rotary turns q and k at their own positions. What is kept is the first `sinks` keys and values and, behind them, a ring
-of the last `window`: token p stands in slot p if p < sinks, else in slot sinks + (p − sinks) mod window.
+of the last `window`, slot by slot as in `ops/sparse/ring.py`.
 Xiao et al.: Efficient Streaming Language Models with Attention Sinks (arXiv 2309.17453), which counts positions inside
 the cache; the window is Beltagy et al.: Longformer (arXiv 2004.05150).
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from subquad.checks import InputError
 from subquad.contract import Attention, Call, Card, Shape, register
 from subquad.ops.sparse import Layout, sparse_attention
+from subquad.ops.sparse.ring import holds, store
 from subquad.ops.sparse.stream import Stream
 from subquad.rotary import Rotary, rotate
 from subquad.state import State
@@ -103,29 +104,6 @@ class SlidingWindow(Attention):
         q, q_pos = stream.pad(q), stream.pad(new, -1)
         layout = self.layout(q.shape[1], k.shape[1])
         return stream.unpad(sparse_attention(q, k, v, layout, q_pos=q_pos, k_pos=k_pos, cu_seqlens=stream.cu_seqlens))
-
-
-def holds(length: Tensor, window: int, sinks: int) -> Tensor:
-    """The position that each slot holds after `length` ``[R]`` tokens, ``[R, sinks + window]``; an empty slot's is −1 or ≥ length."""
-    slot = torch.arange(sinks + window, device=length.device)
-    last = length[:, None] - 1
-    ring = last - (last - slot) % window
-    return torch.where(slot < sinks, slot, ring.where(ring >= sinks, -1))
-
-
-def store(old: Tensor, new: Tensor, length: Tensor, sinks: int, cu_seqlens: Tensor | None) -> Tensor:
-    """The slots ``[R, slots, …]`` after new tokens ``[R, N, …]`` or packed ``[1, total, …]``: each takes the last that is its own."""
-    if new.shape[1] == 0:
-        return old
-    rows = torch.arange(old.shape[0], device=old.device)
-    if cu_seqlens is None:
-        start, count = torch.zeros_like(rows), torch.full_like(rows, new.shape[1])
-    else:
-        start, count, rows = cu_seqlens[:-1].long(), cu_seqlens.diff().long(), torch.zeros_like(rows)
-    token = holds(length + count, old.shape[1] - sinks, sinks) - length[:, None]
-    fresh = (token >= 0) & (token < count[:, None])
-    index = (start[:, None] + token.where(fresh, 0)).clamp(max=new.shape[1] - 1)
-    return torch.where(fresh[..., None, None], new[rows[:, None], index], old)
 
 
 def reference(module: SlidingWindow, q: Tensor, k: Tensor, v: Tensor, *, rotary: Rotary | None = None, **_: object) -> Tensor:

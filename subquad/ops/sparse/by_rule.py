@@ -9,7 +9,7 @@ from typing import Any, Self
 from subquad.checks import InputError
 from subquad.ops.sparse.fields import Fields, check_int, check_sizes
 from subquad.ops.sparse.grids import Circle, Neighborhood
-from subquad.ops.sparse.patterns import Band, Globals, Power, Strided, Union, join
+from subquad.ops.sparse.patterns import Band, Globals, Joint, Power, Strided, Union, join
 from subquad.ops.sparse.rules import EVERYTHING, Causal, Rule, Terrace, Window
 
 PerAxis = int | Sequence[int]
@@ -50,16 +50,18 @@ class ByRule(Fields):
         return cls(n, m, Terrace(size), 128 if size >= 256 else 64, 64)
 
     @classmethod
-    def band(cls, n: int, left: int, right: int, *, global_tokens: int = 0) -> Self:
-        """Query i sees the keys i − left … i + right; the first `global_tokens` see all and are seen by all.
+    def band(cls, n: int, left: int, right: int, *, global_tokens: int = 0, m: int | None = None) -> Self:
+        """Query i, standing at p = i + m − n, sees the keys p − left … p + right; the first `global_tokens` positions see all and
+        are seen by all.
 
         Beltagy et al.: Longformer (arXiv 2004.05150), section 3.1, with a window of left + right.
         """
-        check_sizes(n, n)
+        m = n if m is None else m
+        check_sizes(n, m)
         for name, value in (("left", left), ("right", right), ("global_tokens", global_tokens)):
             check_int(name, value, 0)
         rule = join(Union, Band(left, right), Globals(global_tokens)) if global_tokens else Band(left, right)
-        return cls(n, n, rule, 128 if left + right >= 256 else 64, 64)
+        return cls(n, m, rule, 128 if left + right >= 256 else 64, 64)
 
     @classmethod
     def global_tokens(cls, n: int, count: int) -> Self:
@@ -102,12 +104,20 @@ class ByRule(Fields):
         return cls._on_grid(sides, Neighborhood(sides, windows, strides, dilations, flags))
 
     @classmethod
-    def circle(cls, grid: PerAxis, radius: float) -> Self:
-        """Keys at a Euclidean distance below `radius` on a grid of one to three axes (CLEAR, arXiv 2412.16112)."""
+    def circle(cls, grid: PerAxis, radius: float, *, text_tokens: int = 0, text_first: bool = True) -> Self:
+        """Keys at a Euclidean distance below `radius` on a grid of one to three axes (CLEAR, arXiv 2412.16112).
+
+        `text_tokens` more stand before the grid's tokens, or behind them: they see all and are seen by all.
+        """
         sides = _axes("grid", grid, 0)
         if isinstance(radius, bool) or not isinstance(radius, int | float) or not radius > 0:
             raise InputError("radius", repr(radius), "a positive number")
-        return cls._on_grid(sides, Circle(sides, min(math.ceil(radius * radius) - 1, sum(side * side for side in sides))))
+        check_int("text_tokens", text_tokens, 0)
+        alone = cls._on_grid(sides, Circle(sides, min(math.ceil(radius * radius) - 1, sum(side * side for side in sides))))
+        if not text_tokens:
+            return alone
+        rule = Joint(alone.inner, text_tokens if text_first else 0, alone.n)
+        return cls(alone.n + text_tokens, alone.n + text_tokens, rule, alone.block_q, alone.block_k)
 
     @classmethod
     def strided(cls, n: int, stride: int, *, window: int = 1, block: int = 64, offset: int = 0, m: int | None = None) -> Self:

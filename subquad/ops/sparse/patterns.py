@@ -1,4 +1,4 @@
-"""Rules of the long-context mechanisms, and what joins rules: Band, Globals, Strided, Power, Union, Intersection.
+"""Rules of the long-context mechanisms, and what joins rules: Band, Globals, Strided, Power, Joint, Union, Intersection.
 
 The words position and block mean the same throughout: block = position div `block`. See `rules` for what a rule answers.
 """
@@ -173,6 +173,50 @@ class Listed:
 
     def pattern(self, q0: int, k0: int, k1: int) -> Hashable:
         return None
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Tokens of two kinds in one sequence: `size` from position `start` on see each other by the rule `inner`, and all the rest,
+    which see all (an image among text: CLEAR). The rule's positions count from `start`.
+    """
+
+    inner: Rule
+    start: int
+    size: int
+
+    @property
+    def words(self) -> str:
+        inside = f"{self.start} … {self.start + self.size - 1}"
+        return f"the keys outside of {inside} (every key, if it is outside itself), and inside {self.inner.words}"
+
+    def allowed(self, q: Any, k: Any) -> Any:
+        return self._some(q, q) | self._some(k, k) | self.inner.allowed(q - self.start, k - self.start)
+
+    def touches(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        inner = self.inner.touches(*(x - self.start for x in (q0, q1, k0, k1)))
+        return (q0 <= q1) & (k0 <= k1) & (self._some(q0, q1) | self._some(k0, k1) | inner)
+
+    def covers(self, q0: Any, q1: Any, k0: Any, k1: Any) -> Any:
+        inner = self.inner.covers(*(x - self.start for x in (q0, q1, k0, k1)))
+        among = (self._some(q0, q1) == 0) & (self._some(k0, k1) == 0) & inner
+        return among | self._none(q0, q1) | self._none(k0, k1)
+
+    def cuts(self, q0: int, q1: int) -> tuple[int, ...]:
+        first, last = max(q0 - self.start, 0), min(q1 - self.start, self.size - 1)
+        inner = self.inner.cuts(first, last) if first <= last else ()
+        return (self.start, self.start + self.size, *(self.start + cut for cut in inner))
+
+    def pattern(self, q0: int, k0: int, k1: int) -> Hashable:
+        return None
+
+    def _some(self, first: Any, last: Any) -> Any:
+        """Whether some position of first … last is outside."""
+        return (first < self.start) | (last >= self.start + self.size)
+
+    def _none(self, first: Any, last: Any) -> Any:
+        """Whether none of first … last is inside."""
+        return (last < self.start) | (first >= self.start + self.size)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""Block-wise attention transfer: the same as the whole, with a part of the model on the device, from disk and after a kill."""
+
+import copy
+
+import pytest
+import torch
+from convert.toy_mechanisms import ToyTemperature, tiny_llama
+
+from subquad import InputError, contract
+from subquad.contract import register
+from subquad.convert import blockwise
+from subquad.convert.distill import distill
+from subquad.convert.swap import swap, swapped
+
+
+@pytest.fixture(autouse=True)
+def toys():
+    register("toy-temperature")(ToyTemperature)
+    yield
+    del contract._REGISTRY["toy-temperature"]
+
+
+@pytest.fixture
+def teacher():
+    return tiny_llama()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(97, (600,), generator=torch.Generator().manual_seed(5))
+
+
+def temperatures(model):
+    return torch.stack([module.mechanism.temperature.detach() for module in swapped(model).values()])
+
+
+def student_of(teacher, **options):
+    return swap(copy.deepcopy(teacher), "toy-temperature", **options)
+
+
+OPTIONS = {"steps": 7, "length": 16, "batch": 2, "lr": 0.05, "progress": False, "save_every": 3}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+@pytest.mark.parametrize("shared", [False, True])
+def test_groups_learn_what_the_whole_learns(teacher, tokens, tmp_path, size, shared):
+    whole, parts = student_of(teacher), student_of(teacher)
+    expected = distill(whole, whole if shared else teacher, tokens, **OPTIONS)
+    found = distill(parts, parts if shared else teacher, tokens, group=size, out=tmp_path / "run", **OPTIONS)
+    assert torch.equal(temperatures(parts), temperatures(whole)) and not torch.equal(temperatures(parts), temperatures(student_of(teacher)))
+    assert found.layer_losses == expected.layer_losses and found.losses == pytest.approx(expected.losses)
+    assert (found.tokens, found.steps) == (expected.tokens, expected.steps)
+    assert not list((tmp_path / "run").glob("hidden-*")), "hidden states are removed once they are read"
+
+
+def test_some_layers_only_and_groups_between_them(teacher, tokens, tmp_path):
+    layers = {0: "toy-temperature", 2: {"name": "toy-temperature", "start": 0.5}}
+    whole, parts = (swap(copy.deepcopy(teacher), None, layers=layers) for _ in range(2))
+    expected = distill(whole, teacher, tokens, **OPTIONS)
+    assert distill(parts, teacher, tokens, group=1, out=tmp_path, **OPTIONS).layer_losses == expected.layer_losses
+    assert torch.equal(temperatures(parts), temperatures(whole))
+
+
+@pytest.mark.parametrize("killed_at", [2, 9, 13, 17])
+def test_a_run_that_dies_goes_on(teacher, tokens, tmp_path, killed_at, monkeypatch):
+    """Killed after so many steps of all groups; checkpoints are three steps apart."""
+    expected = distill(whole := student_of(teacher), teacher, tokens, **OPTIONS)
+    save, made = blockwise.Hidden.save, []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(self, step, hidden):
+        made.append(step)
+        if len(made) == killed_at:
+            raise Killed
+        save(self, step, hidden)
+
+    monkeypatch.setattr(blockwise.Hidden, "save", dying)
+    if killed_at < 15:
+        with pytest.raises(Killed):
+            distill(student_of(teacher), teacher, tokens, group=1, out=tmp_path, **OPTIONS)
+    monkeypatch.setattr(blockwise.Hidden, "save", save)
+    again = student_of(teacher)
+    found = distill(again, teacher, tokens, group=1, out=tmp_path, **OPTIONS)
+    assert found.layer_losses == expected.layer_losses and torch.equal(temperatures(again), temperatures(whole))
+
+
+def test_the_model_is_left_whole_and_where_it_was(teacher, tokens, tmp_path):
+    student, before = student_of(teacher), copy.deepcopy(teacher)
+    layers, norm = teacher.model.layers, teacher.model.norm
+    on_device = []
+    enter = blockwise.nn.ModuleList.to
+
+    def moved(self, device):
+        on_device.append((len(self), torch.device(device).type))
+        return enter(self, device)
+
+    blockwise.nn.ModuleList.to = moved
+    try:
+        distill(student, teacher, tokens, group=2, out=tmp_path, device="cpu", **OPTIONS)
+    finally:
+        blockwise.nn.ModuleList.to = enter
+    assert teacher.model.layers is layers and teacher.model.norm is norm and len(student.model.layers) == 3
+    assert {count for count, _ in on_device} == {2, 1}, "never more than a group"
+    ids = tokens[None, :20]
+    assert torch.equal(teacher(ids).logits, before(ids).logits)
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+def test_a_finished_run_is_refused_or_taken(teacher, tokens, tmp_path):
+    first = distill(student_of(teacher), teacher, tokens, group=2, out=tmp_path, **OPTIONS)
+    with pytest.raises(InputError, match="a finished run"):
+        distill(student_of(teacher), teacher, tokens, group=2, out=tmp_path, **OPTIONS)
+    taken = distill(other := student_of(teacher), teacher, tokens, group=2, out=tmp_path, take_finished=True, **OPTIONS)
+    assert taken.layer_losses == first.layer_losses and not torch.equal(temperatures(other), temperatures(student_of(teacher)))
+
+
+def test_bad_input(teacher, tokens, tmp_path):
+    with pytest.raises(InputError) as error:
+        distill(student_of(teacher), teacher, tokens, group=2, **OPTIONS)
+    assert error.value.argument == "out"
+    with pytest.raises(InputError) as error:
+        distill(student_of(teacher), teacher, tokens, group=0, out=tmp_path, **OPTIONS)
+    assert error.value.argument == "group"
+    distill(student_of(teacher), teacher, tokens, group=2, out=tmp_path, **OPTIONS)
+    with pytest.raises(InputError, match="group = layers 0-1"):
+        distill(student_of(teacher), teacher, tokens, group=3, out=tmp_path, **OPTIONS)

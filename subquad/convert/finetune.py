@@ -68,7 +68,7 @@ def finetune(
     length: int = 512,
     targets: Sequence[str] = TARGETS,
     rank: int = 8,
-    alpha: float = 16,
+    alpha: float = 16.0,
     train_mechanism: bool = False,
     loss: str = "next-token",
     teacher: Any = None,

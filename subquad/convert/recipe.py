@@ -144,7 +144,7 @@ def _stage(file: str, name: str, given: Any) -> dict[str, Any]:
     _typed(file, f"{name}.steps", stage.get("steps"), int)
     for key, value in stage.items():
         default = _defaults(name)[key]
-        kind = {bool: bool, int: int | float, float: int | float, str: str, tuple: list}.get(type(default), int)
+        kind = {bool: bool, float: int | float, str: str, tuple: list}.get(type(default), int)
         _typed(file, f"{name}.{key}", value, kind)
     return stage
 

@@ -26,9 +26,10 @@ from subquad.checks import InputError
 from subquad.convert.checkpoint import Checkpoints
 from subquad.convert.feed import Feed
 from subquad.convert.module import SwappedAttention
-from subquad.convert.run import Bar, Run, check_counts, check_rate, fingerprint, seeded
+from subquad.convert.run import Bar, Run, check_counts, check_rate, seeded
 from subquad.convert.swap import swapped
 from subquad.convert.transfer import Pupils, lessons
+from subquad.models.fingerprint import fingerprint
 
 BETAS = (0.7, 0.9)  # short memories: runs are short, and gradients change fast while the maps form
 WARMUP = 2  # steps

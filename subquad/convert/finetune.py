@@ -28,9 +28,10 @@ from subquad.convert.checkpoint import Checkpoints
 from subquad.convert.distill import described
 from subquad.convert.feed import Feed
 from subquad.convert.lora import TARGETS, add_lora, drop_lora, projections, without_lora
-from subquad.convert.run import Bar, Run, check_counts, check_rate, fingerprint, seeded
+from subquad.convert.run import Bar, Run, check_counts, check_rate, seeded
 from subquad.convert.swap import swapped
 from subquad.convert.transfer import moved, originals
+from subquad.models.fingerprint import fingerprint
 
 LOSSES = ("next-token", "kl")
 SCHEDULES = ("cosine", "linear")

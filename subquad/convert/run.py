@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,16 +27,6 @@ def check_counts(**numbers: int) -> None:
 def check_rate(name: str, value: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise InputError(name, value, "a positive number")
-
-
-def fingerprint(model: nn.Module, skip: Callable[[str], bool] = lambda name: ".mechanism." in name) -> str:
-    """A short digest of the beginning of every weight that is not to be skipped: tells models apart without reading them whole."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        if not skip(name):
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-            digest.update(p.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

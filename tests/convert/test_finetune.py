@@ -129,6 +129,18 @@ def test_accumulated_batches_weigh_by_their_tokens(model, tokens):
     assert tune(model, [long, short], steps=1, accumulate=2).losses == pytest.approx([expected], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_are_one():
+    script, env = Path(__file__).parent / "spread_run.py", {**os.environ, "OMP_NUM_THREADS": "1"}
+    lines = []
+    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        done = subprocess.run([sys.executable, *launch, script], capture_output=True, text=True, timeout=240, env=env)
+        assert done.returncode == 0, done.stderr
+        lines += [[float(x) for x in line.split()] for line in done.stdout.strip().splitlines()]
+    alone, first, second = lines
+    assert first == second == pytest.approx(alone, abs=2e-5)
+
+
 @pytest.mark.parametrize("kind", ["autocast", "weights"])
 def test_sixteen_bits_learn(model, tokens, kind):
     model = swap(model if kind == "autocast" else model.bfloat16(), "toy-temperature")

@@ -39,7 +39,11 @@ API = {
         ("attention", "attend", "mechanisms", "card", "mechanism", "reference", "register", "Attention", "Card", "Input", "Shape", "Call",
          "State", "Rotary", "InputError"),
     ),
-    "reference/convert.md": ("Swap, distil, report", "subquad", ("swap", "restore", "distill", "Report")),
+    "reference/convert.md": (
+        "Swap, distil, report",
+        "subquad",
+        ("swap", "restore", "distill", "finetune", "merge_lora", "linearize", "Report"),
+    ),
 }  # fmt: skip
 FAMILY_NAMES = {"exact": "Exact", "linear": "Linear", "sparse": "Sparse", "hybrid": "Hybrid", "vision": "Vision"}
 LENGTHS = (1024, 4096, 16384, 65536)

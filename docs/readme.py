@@ -1,5 +1,5 @@
-"""Writes the generated tables of README.md, the mechanisms from their cards and the results from the result files, and those of
-the pages on images.
+"""Writes the generated tables of README.md, the mechanisms from their cards and the results from the result files, those of the
+pages on images, and that of the recipes.
 
 python docs/readme.py            rewrite what stands between the markers
 python docs/readme.py --check    exit with 1 if that would change anything
@@ -18,8 +18,10 @@ from render import ROOT, linked, own_cards, result_tables, results, stamped, tab
 import subquad
 from subquad.bench.speed import bytes_text, card_cost
 from subquad.contract import FAMILIES, option_defaults
+from subquad.convert.recipe import recipes
 
 README, VISION, EXPERIMENT = ROOT / "README.md", ROOT / "docs" / "vision.md", ROOT / "docs" / "vision_experiment.md"
+DISTILL = ROOT / "docs" / "distill.md"
 TOKENS = 65536
 SHOWN = {
     "vision_experiment": "Accuracy",
@@ -48,6 +50,15 @@ def mechanism_rows() -> dict[str, list[str]]:
 def mechanism_table() -> str:
     columns = ("name", "what it does", "for", "needs training", "keeps at 64k tokens", "paper")
     return table(columns, mechanism_rows().values())
+
+
+def recipe_table() -> str:
+    """One row a recipe, from its file."""
+    rows = []
+    for name, recipe in recipes().items():
+        stages = ", ".join(f"{stage}: {recipe.tokens(stage) / 1e6:.3g} M" for stage in recipe.stages)
+        rows.append([f"`{name}`", recipe.summary, stages, ", ".join(recipe.needs), linked(recipe.paper)])
+    return table(("name", "what it does", "tokens", "needs", "paper"), rows)
 
 
 def results_table() -> str:
@@ -101,6 +112,7 @@ def main() -> int:
     pages = {
         README: {"mechanisms": mechanism_table(), "results": results_table()},
         VISION: {name: tables_of(name) for name in ("flops", "ranks")} | {"moments": tables_of("moments", ("Time on", "RAVLT-S", "First"))},
+        DISTILL: {"recipes": recipe_table()},
         EXPERIMENT: {"vision-experiment": experiment_table()},
     }
     stale = False

@@ -6,6 +6,8 @@
 >>> o = subquad.attend(q, k, v, "sliding-window", window=512)    # mechanisms without parameters
 >>> subquad.swap(model, "lolcats"); subquad.restore(model)       # in a pretrained model
 >>> subquad.distill(student, teacher, data)                      # teach it
+>>> subquad.finetune(student, data); subquad.merge_lora(student) # and tune it with low-rank adapters
+>>> subquad.linearize(model, "lolcats", data)                    # all of that, by a published recipe
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ from subquad.state import State
 if TYPE_CHECKING:
     from subquad.bench.report import Report
     from subquad.convert.distill import distill
+    from subquad.convert.finetune import finetune
+    from subquad.convert.lora import merge_lora
+    from subquad.convert.recipe import linearize
     from subquad.convert.swap import restore, swap
 
 
@@ -46,12 +51,15 @@ _LATER = {
     "swap": "subquad.convert.swap",
     "restore": "subquad.convert.swap",
     "distill": "subquad.convert.distill",
+    "finetune": "subquad.convert.finetune",
+    "merge_lora": "subquad.convert.lora",
+    "linearize": "subquad.convert.recipe",
     "Report": "subquad.bench.report",
 }
 
 __all__ = [
     "Attention", "Call", "Card", "Input", "InputError", "Report", "Rotary", "Shape", "State", "__version__", "attend", "attention",
-    "card", "distill", "mechanism", "mechanisms", "reference", "register", "restore", "swap",
+    "card", "distill", "finetune", "linearize", "mechanism", "mechanisms", "merge_lora", "reference", "register", "restore", "swap",
 ]  # fmt: skip
 
 

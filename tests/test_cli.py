@@ -105,6 +105,40 @@ def test_alternating_layers(folder, text, tmp_path):
     assert set(config["subquad"]["layers"]) == {"0", "1", "2"}
 
 
+def test_swap_by_a_recipe(folder, text, tmp_path):
+    out = tmp_path / "out"
+    result = call(
+        "swap", folder, "--recipe", "sliding-window", "--recipe", "lolcats", "--distill", 2, "--finetune", 1, "--batch", 1, "--length", 16,
+        "--tune-original", "--text", text, "--window", 64, "--windows", 2, "--prompts", 0, "--lengths", 16, "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [(r["recipe"], r["distilled_steps"], r["tuned_steps"]) for r in rows] == [
+        ("", 0, 0),
+        ("", 0, 1),
+        ("sliding-window", 0, 0),
+        ("sliding-window", 0, 1),
+        ("lolcats", 0, 0),
+        ("lolcats", 2, 0),
+        ("lolcats", 2, 1),
+    ]
+    assert rows[-1]["taught_tokens"] == 2 * 16 + 8 * 16  # LoLCATs accumulates eight batches
+    assert "recipe `lolcats` (arXiv 2410.10254)" in (out / "recipe-lolcats" / "README.md").read_text()
+    refused(call("swap", folder, "--recipe", "lolcat", "--text", text), "recipe", "nearest: lolcats")
+
+
+def test_recipes_are_listed():
+    listed = json.loads(call("recipes", "--json").stdout)
+    assert {"lolcats", "hedgehog", "liger", "lizard", "lawcat", "sliding-window"} <= {one["name"] for one in listed}
+    one = json.loads(call("recipes", "liger", "--json").stdout)
+    assert one["mechanism"] == "liger" and one["transfer"] is None and one["tokens"] == {"finetune": 2400 * 8 * 1024}
+    assert all(name in call("recipes").stdout for name in ("lolcats", "lawcat"))
+    shown = call("recipes", "lolcats").stdout
+    for part in ("arXiv 2410.10254", "targets q_proj k_proj v_proj o_proj", "19.7 M tokens", "subquad.linearize("):
+        assert part in shown
+    refused(call("recipes", "lolcat"), "recipe", "nearest: lolcats")
+
+
 def test_swap_refuses_in_one_line(folder, text, tmp_path):
     out = tmp_path / "out"
     base = ["swap", folder, "--text", text, "--out", out, "--window", 64, "--windows", 1]

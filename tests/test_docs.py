@@ -127,6 +127,11 @@ def test_readme_rows_are_what_the_cards_say():
     assert rows and set(rows) <= set(truth)
 
 
+def test_the_table_of_recipes_is_current():
+    part = readme.between("recipes").search((DOCS / "distill.md").read_text())[0]
+    assert part.strip() == readme.recipe_table().strip()
+
+
 def test_readme_results_are_what_the_files_say():
     part = readme.between("results").search((ROOT / "README.md").read_text())[0]
     assert part.strip() == readme.results_table().strip()

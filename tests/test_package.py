@@ -79,7 +79,9 @@ def test_command_lists_every_mechanism():
     assert {card["name"] for card in listed} >= {n for n in subquad.mechanisms() if subquad.mechanism(n).__module__.startswith("subquad.")}
 
 
-@pytest.mark.parametrize("name", ["py.typed", "demo/moby-dick.txt.xz", "demo/DATA.md", "data/mnist.npz", "data/README.md"])
+@pytest.mark.parametrize(
+    "name", ["py.typed", "demo/moby-dick.txt.xz", "demo/DATA.md", "data/mnist.npz", "data/README.md", "convert/recipes/lolcats.toml"]
+)
 def test_package_data_is_there_and_would_be_packed(name):
     data = resources.files("subquad") / name
     assert data.is_file()
@@ -109,6 +111,7 @@ def test_files_import_only_from_lower_floors(path):
         "train": 4,
         "bench": 5,
         "cli": 6,
+        "cli_recipes": 6,
         "cli_simulate": 6,
         "cli_train": 6,
         "demo": 6,

@@ -26,7 +26,7 @@ def sweeps(report: Report) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in report.rows:
         if row.setting:
-            found.setdefault(row.base + (f", {row.distilled_steps} steps" if row.distilled_steps else ""), []).append(row)
+            found.setdefault(row.name.replace(row.mechanism, row.base, 1), []).append(row)
     return {name: sorted(rows, key=lambda r: (r.pairs or 0.0, r.bytes_64k or 0)) for name, rows in found.items() if len(rows) > 1}
 
 

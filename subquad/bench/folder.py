@@ -70,8 +70,8 @@ class Folder:
     def checkpoints(self, name: str) -> Path | None:
         return None if self.path is None else self.path / "checkpoints" / name
 
-    def save_model(self, name: str, model: Any, tokenizer: Any) -> str | None:
-        """Save a model and its tokenizer to the subfolder `name`, which appears only when it is complete."""
+    def save_model(self, name: str, model: Any, tokenizer: Any, card: str = "") -> str | None:
+        """Save a model, its tokenizer and its card to the subfolder `name`, which appears only when it is complete."""
         if self.path is None:
             return None
         from subquad.models.load import quiet
@@ -80,6 +80,9 @@ class Folder:
         for folder in (target, beside):
             shutil.rmtree(folder, ignore_errors=True)
         with writing("--out", self.path):
+            beside.mkdir(parents=True)
+            if card:
+                (beside / "README.md").write_text(card, encoding="utf-8")
             with quiet():
                 model.save_pretrained(beside)
                 tokenizer.save_pretrained(beside)

@@ -135,13 +135,19 @@ def report_figures(report: Report) -> str:
         )
         for n, r in first.items()
     ]
-    losses = [
-        Series(row.name, list(enumerate(row.losses, 1)), number[row.mechanism])
-        for row in report.rows
-        if len(row.losses) > 1 and min(row.losses) > 0
-    ]
+
+    def curves(of: str) -> list[Series]:
+        drawn = [(row, getattr(row, of)) for row in report.rows]
+        return [
+            Series(row.name, list(enumerate(losses, 1)), number[row.mechanism])
+            for row, losses in drawn
+            if len(losses) > 1 and min(losses) > 0
+        ]
+
+    losses, tuned = curves("losses"), curves("tune_losses")
+    losses = [one for one in losses if not any(row.name == one.name and row.tuned_steps for row in report.rows)]
     perplexities = [
-        Dot(row.name + ("" if row.distilled_steps or index == 0 else ", untrained"), row.ppl, f"{row.ppl:.4g}", number[row.mechanism])
+        Dot(row.name + ("" if row.taught or index == 0 else ", untrained"), row.ppl, f"{row.ppl:.4g}", number[row.mechanism])
         for index, row in enumerate(report.rows)
         if row.ppl is not None and row.ppl < 1e30
     ]
@@ -180,6 +186,12 @@ def report_figures(report: Report) -> str:
             lines("Loss of each distillation step", losses, Axis("step"), Axis("loss", log=10), marks=False),
             "Attention transfer: squared error of the attentions’ outputs relative to the original’s, mean over layers.",
             [(one.name, one.color) for one in losses],
+        )
+        + figure(
+            "Fine-tuning",
+            lines("Loss of each step of fine-tuning", tuned, Axis("step"), Axis("loss", log=10), marks=False),
+            "Nats per token: of the next token, or of the divergence from the original model.",
+            [(one.name, one.color) for one in tuned],
         )
     )
 

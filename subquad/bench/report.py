@@ -46,6 +46,9 @@ class Row:
         kept_bytes: length → bytes kept per sequence, from the cards; `measured_bytes` from real caches.
         timings: measured prefill and decode times, a dictionary a length.
         losses: the loss of every distillation step; `distill_seconds` what they took.
+        tuned_steps: steps of fine-tuning after those; `tune_losses` and `tune_seconds` of them.
+        taught_tokens: read in both stages.
+        recipe: that made it, if one did.
         peak_memory: most bytes that a prefill of `speed_at` tokens takes beyond the weights.
     """
 
@@ -75,6 +78,11 @@ class Row:
     losses: list[float] = field(default_factory=list)
     distill_seconds: float | None = None
     peak_memory: int | None = None
+    tuned_steps: int = 0
+    tune_losses: list[float] = field(default_factory=list)
+    tune_seconds: float | None = None
+    taught_tokens: int | None = None
+    recipe: str = ""
     saved: str | None = None
     sample: str | None = None
 
@@ -84,7 +92,21 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.mechanism}, {self.distilled_steps} steps" if self.distilled_steps else self.mechanism
+        if not self.tuned_steps:
+            return f"{self.mechanism}, {self.distilled_steps} steps" if self.distilled_steps else self.mechanism
+        return f"{self.mechanism}, {f'{self.distilled_steps} + ' if self.distilled_steps else ''}{self.tuned_steps} steps tuned"
+
+    @property
+    def taught(self) -> bool:
+        """Whether anything was learnt before these numbers."""
+        return bool(self.distilled_steps or self.tuned_steps)
+
+    @property
+    def teaching(self) -> str:
+        """What it learnt from, in words."""
+        stages = ((self.distilled_steps, "distillation", self.distill_seconds), (self.tuned_steps, "fine-tuning", self.tune_seconds))
+        parts = [f"{steps} steps of {of}" + (f" ({seconds:.0f} s)" if seconds else "") for steps, of, seconds in stages if steps]
+        return " and ".join(parts)
 
 
 @dataclass
@@ -113,9 +135,9 @@ class Report:
         return self
 
     def _gap_closed(self, row: Row) -> float | None:
-        before = next((r for r in self.rows if r.mechanism == row.mechanism and not r.distilled_steps), None)
+        before = next((r for r in self.rows if r.mechanism == row.mechanism and not r.taught), None)
         first = self.original
-        if not row.distilled_steps or before is None or first is None:
+        if not row.taught or before is None or first is None:
             return None
         if row.nll is None or before.nll is None or first.nll is None or before.nll == first.nll:
             return None
@@ -128,22 +150,38 @@ class Report:
         said = []
         for row in self.rows:
             if row.gap_closed is not None and row.ppl is not None:
-                before = next(r for r in self.rows if r.mechanism == row.mechanism and not r.distilled_steps)
-                spent = f" ({row.distill_seconds:.0f} s)" if row.distill_seconds else ""
+                before = next(r for r in self.rows if r.mechanism == row.mechanism and not r.taught)
                 said.append(
-                    f"{row.distilled_steps} steps of distillation{spent} bring {row.mechanism} from perplexity {before.ppl:.4g} to "
+                    f"{row.teaching} bring {row.mechanism} from perplexity {before.ppl:.4g} to "
                     f"{row.ppl:.4g}, {row.ratio:.3g}× the original's: {row.gap_closed:.1%} of the gap in nats is closed."
                 )
-        trained = [r for r in self.rows if r.distilled_steps and r.ppl is not None]
-        untrained = [r for r in self.rows[1:] if not r.distilled_steps and r.ppl is not None]
+        first = self.original
+        trained = [r for r in self.rows if r.taught and r.ppl is not None and first is not None and r.mechanism != first.mechanism]
+        untrained = [r for r in self.rows[1:] if not r.taught and r.ppl is not None]
         for row in trained:
             for other in untrained:
                 if other.mechanism != row.mechanism and other.ppl < row.ppl:  # type: ignore[operator]
                     said.append(
-                        f"On this text the untrained {other.mechanism} (perplexity {other.ppl:.4g}) does better than {row.name} of "
-                        f"distillation (perplexity {row.ppl:.4g})."
+                        f"On this text the untrained {other.mechanism} (perplexity {other.ppl:.4g}) does better than {row.name}"
+                        f"{'' if row.tuned_steps else ' of distillation'} (perplexity {row.ppl:.4g})."
                     )
-        return said + sweep_sentences(self)
+        return said + self._tuned_sentences(trained) + sweep_sentences(self)
+
+    def _tuned_sentences(self, trained: list[Row]) -> list[str]:
+        """How fine-tuning alone does: on the original, and on a window that has nothing else to learn."""
+        said, first = [], self.original
+        for row in self.rows[1:]:
+            if first is not None and row.mechanism == first.mechanism and row.tuned_steps and row.ppl is not None:
+                said.append(f"The original, tuned in the same way, goes from perplexity {first.ppl:.4g} to {row.ppl:.4g}.")
+        windows = [r for r in trained if r.tuned_steps and r.mechanism.startswith("sliding-window")]
+        for row in trained:
+            for window in windows:
+                if row.tuned_steps and row not in windows:
+                    word = "better" if row.ppl < window.ppl else "no better"  # type: ignore[operator]
+                    said.append(
+                        f"{row.name} (perplexity {row.ppl:.4g}) does {word} than the baseline, {window.name} (perplexity {window.ppl:.4g})."
+                    )
+        return said
 
     def keeps(self) -> list[str]:
         """One sentence a row: what it keeps per sequence at 64k tokens."""
@@ -213,6 +251,7 @@ def _number(value: float | None, form: str = "{:.4g}", absent: str = "–") -> s
 COLUMNS = (
     ("mechanism", lambda r: r.mechanism),
     ("distilled_steps", lambda r: str(r.distilled_steps)),
+    ("tuned_steps", lambda r: str(r.tuned_steps) if r.tuned_steps else "–"),
     ("layers", lambda r: r.layers),
     ("nll", lambda r: _number(r.nll, "{:.4f}")),
     ("ppl", lambda r: _number(r.ppl)),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from subquad.checks import InputError
 from subquad.convert.checkpoint import SHOULD, Checkpoints
+from subquad.convert.run import Bar, seeded
 from subquad.convert.transfer import Pupils, lessons
 
 
@@ -98,7 +99,7 @@ def distill_in_groups(
 
     Groups are kept in ``out/group-000`` …, hidden states in ``out/hidden-001`` …, of which two are there at most.
     """
-    from subquad.convert.distill import DistillResult, _Bar, _Run, _seeded
+    from subquad.convert.distill import DistillResult, _Run
 
     body, bodies = body_of(teacher), {id(body_of(model)): body_of(model) for model in (teacher, student)}
     results, source = [], None
@@ -125,7 +126,7 @@ def distill_in_groups(
                 for module in some.values():
                     module.mechanism.to(device)
             held, *_ = [stack.enter_context(only(one, first, stop, device)) for one in bodies.values()]
-            bar = stack.enter_context(_Bar(steps, progress))
+            bar = stack.enter_context(Bar("distill", steps, progress))
             if not some:  # what it makes of the states is needed all the same
                 assert target is not None
                 for step in range(steps):
@@ -135,7 +136,7 @@ def distill_in_groups(
             else:
                 run = _Run(some, steps, lr, keeper)
                 while run.step < steps:
-                    with _seeded(seed, run.step):
+                    with seeded(seed, run.step):
                         losses, tokens = teach(start(run.step))
                     if target is not None:
                         target.save(run.step, held["hidden"])

@@ -74,9 +74,24 @@ class Checkpoints:
         return Checkpoint(run["step"], tensors, run["seconds"])
 
     def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, then remove the one before.
+
+        Raises:
+            InputError: the system refuses (no space, no permission); the checkpoint before is still there then.
+        """
+        draft = self.folder / f".draft-{os.getpid()}"
+        try:
+            self._write(checkpoint, draft)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            what = getattr(error, "strerror", None) or " ".join(str(error).split())
+            kept = self._newest()
+            left = "" if kept is None else f"; {kept.name} is kept"
+            raise InputError("out", f"{self.out} ({what}{left})", "a folder that can be written to, with room for a checkpoint") from None
+
+    def _write(self, checkpoint: Checkpoint, draft: Path) -> None:
         name = f"step-{checkpoint.step:08d}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f".draft-{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         run = {"step": checkpoint.step, "seconds": checkpoint.seconds, "settings": self.settings}

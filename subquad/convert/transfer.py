@@ -48,7 +48,7 @@ def lessons(student: nn.Module, teacher: nn.Module, pupils: Pupils) -> Iterator[
     with contextlib.ExitStack() as stack:
         stack.enter_context(_frozen(student, teacher, pupils))
         if teacher is student:
-            stack.enter_context(_originals(student))
+            stack.enter_context(originals(student))
         given = [_Lesson(module, *_taught(teacher, module)) for module in pupils.values()]
         handles = [handle for lesson in given for handle in lesson.handles] + _watch_grids(student, teacher, pupils)
         for handle in handles:
@@ -64,7 +64,7 @@ class _Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> tuple[list[float], int]:
-        batch = _moved({key: x for key, x in batch.items() if key != "labels"}, self.device)
+        batch = moved({key: x for key, x in batch.items() if key != "labels"}, self.device)
         mask = batch.get("attention_mask")
         real = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
         for lesson in self.given:
@@ -102,8 +102,8 @@ class _Lesson:
 
     def _try(self, projection: nn.Module, given: tuple[Tensor, ...]) -> None:
         device, dtype = self.like.device, self.like.dtype
-        args, kwargs = _moved(self.inputs, device, dtype)
-        target, real = given[0].to(device), _moved(self.real, device)
+        args, kwargs = moved(self.inputs, device, dtype)
+        target, real = given[0].to(device), moved(self.real, device)
         with torch.enable_grad():
             loss = transfer_loss(self.pupil.heads_output(*args, **kwargs), target, real)
             (LOSS_WEIGHT * loss).backward()
@@ -111,14 +111,14 @@ class _Lesson:
         self.tokens = target.shape[0] * target.shape[1] if real is None else int(real.sum())
 
 
-def _moved(x: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+def moved(x: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """All tensors inside x on a device; floating-point ones in `dtype` if given."""
     if isinstance(x, Tensor):
         return x.to(device, dtype if x.is_floating_point() else None)
     if isinstance(x, Mapping):
-        return {key: _moved(value, device, dtype) for key, value in x.items()}
+        return {key: moved(value, device, dtype) for key, value in x.items()}
     if type(x) in (tuple, list):
-        return type(x)(_moved(value, device, dtype) for value in x)
+        return type(x)(moved(value, device, dtype) for value in x)
     return x
 
 
@@ -174,7 +174,7 @@ def _frozen(student: nn.Module, teacher: nn.Module, pupils: Pupils) -> Iterator[
 
 
 @contextlib.contextmanager
-def _originals(model: nn.Module) -> Iterator[None]:
+def originals(model: nn.Module) -> Iterator[None]:
     """A swapped model with its original attention for a while, as its own teacher."""
     parts = [(part, type(part)) for part in model.modules() if hasattr(type(part), "plain")]
     swaps = [(name, module) for name, module in model.named_modules() if isinstance(module, SwappedAttention)]

@@ -11,8 +11,7 @@ from rich.console import Console
 
 import subquad
 from subquad import InputError, Report
-from subquad.bench import job as job_file
-from subquad.bench import speed
+from subquad.bench import quality, speed
 from subquad.bench.choice import Choice, parse_choice, sweep
 from subquad.bench.density import sweep_figures, sweeps
 from subquad.bench.html import report_page
@@ -116,7 +115,7 @@ def test_a_sweep_on_a_model(job, tmp_path):
 
 def test_an_interrupted_sweep_goes_on(job, tmp_path, monkeypatch):
     job = replace(job, to=job.to[:3])
-    measured, real = [], job_file.quality.perplexity
+    measured, real = [], quality.perplexity
 
     def interrupted(*args, **options):
         if len(measured) == 3:
@@ -124,11 +123,11 @@ def test_an_interrupted_sweep_goes_on(job, tmp_path, monkeypatch):
         measured.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(job_file.quality, "perplexity", interrupted)
+    monkeypatch.setattr(quality, "perplexity", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_job(job, tmp_path / "out")
     again = []
-    monkeypatch.setattr(job_file.quality, "perplexity", lambda *a, **o: again.append(1) or real(*a, **o))
+    monkeypatch.setattr(quality, "perplexity", lambda *a, **o: again.append(1) or real(*a, **o))
     report = run_job(job, tmp_path / "out")
     assert len(again) == 1 and len(report.rows) == 4
     assert [r.setting for r in sweeps(report)["sliding-window:sinks=0"]] == [f"window={w}" for w in WINDOWS]

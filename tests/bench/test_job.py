@@ -6,8 +6,10 @@ import torch
 
 from subquad import InputError, Report
 from subquad.bench import job as job_file
+from subquad.bench import quality
 from subquad.bench.choice import Choice
-from subquad.bench.job import ORIGINAL, Job, run_job
+from subquad.bench.job import Job, run_job
+from subquad.bench.job_rows import ORIGINAL
 from subquad.bench.quality import perplexity
 from subquad.models.load import load_model
 from subquad.models.text import encode, load_text
@@ -60,7 +62,7 @@ def test_before_and_after(job, tmp_path):
 def test_an_interrupted_run_goes_on_and_ends_the_same(job, tmp_path, monkeypatch):
     whole = run_job(job, tmp_path / "whole")
     measured = []
-    real = job_file.quality.perplexity
+    real = quality.perplexity
 
     def interrupted(*args, **options):
         if len(measured) == 3:  # original, window and untrained lolcats are done: fail while measuring the distilled one
@@ -68,13 +70,13 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(job, tmp_path, monkeypatch
         measured.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(job_file.quality, "perplexity", interrupted)
+    monkeypatch.setattr(quality, "perplexity", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_job(job, tmp_path / "broken")
     assert not (tmp_path / "broken" / "report.json").exists() and not (tmp_path / "broken" / LOLCATS.folder).exists()
 
     calls = []
-    monkeypatch.setattr(job_file.quality, "perplexity", lambda *a, **o: calls.append(1) or real(*a, **o))
+    monkeypatch.setattr(quality, "perplexity", lambda *a, **o: calls.append(1) or real(*a, **o))
     resumed = run_job(job, tmp_path / "broken")
     assert len(calls) == 1
     assert [r.nll for r in resumed.rows] == pytest.approx([r.nll for r in whole.rows], abs=1e-9)

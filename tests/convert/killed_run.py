@@ -1,4 +1,5 @@
-"""A run for test_distill_resume: `python killed_run.py OUT` distils in forked children that are killed, then one that is not.
+"""A run for the tests of resuming: `python killed_run.py OUT KIND` trains in forked children that are killed, then one that is not.
+KIND is "distill" or "finetune".
 
 Prints a digest of the weights of the run that was killed, and of one that was not. A child is killed as soon as a checkpoint of
 the given step appears, or while it is being written.
@@ -17,6 +18,7 @@ from toy_mechanisms import ToyTemperature, tiny_llama
 
 from subquad.contract import register
 from subquad.convert.distill import distill
+from subquad.convert.finetune import finetune
 from subquad.convert.swap import swap
 
 STEPS = 12
@@ -30,24 +32,30 @@ class Slow(list):
         return super().__getitem__(index)
 
 
-def run(out):
+def run(out, kind):
     torch.manual_seed(3)
     teacher = tiny_llama()
     student = swap(copy.deepcopy(teacher), "toy-temperature", noise=0.2)
     data = Slow(torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(5))
-    result = distill(student, teacher, data, steps=STEPS, out=out, save_every=2, progress=False)
+    options = {"steps": STEPS, "out": out, "save_every": 2, "progress": False}
+    if kind == "distill":
+        result = distill(student, teacher, data, **options)
+        history = result.layer_losses
+    else:
+        result = finetune(student, data, loss="kl", train_mechanism=True, accumulate=2, lr=1e-2, **options)
+        history = result.losses
     digest = hashlib.sha256()
     for name, tensor in student.state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())
-    digest.update(repr((result.layer_losses, result.tokens)).encode())
+    digest.update(repr((history, result.tokens)).encode())
     return digest.hexdigest(), result.resumed_from
 
 
-def killed(out, step, drafts):
+def killed(out, kind, step, drafts):
     """Run in a child, and kill it when the checkpoint of `step` is there (or, with `drafts`, any draft after it)."""
     child = os.fork()
     if not child:
-        run(out)
+        run(out, kind)
         os._exit(0)
     found = out / "checkpoint"
     end = time.time() + 60
@@ -61,15 +69,17 @@ def killed(out, step, drafts):
     return os.waitpid(child, 0)[1]
 
 
-def main(out):
+def main(out, kind):
     register("toy-temperature")(ToyTemperature)
+    import peft  # noqa: F401  before the forks, as it takes seconds
+
     for step, drafts in ((0, False), (4, True), (8, False)):
-        assert os.WIFSIGNALED(killed(out, step, drafts)), "the run ended before it was killed"
-    digest, resumed_from = run(out)
+        assert os.WIFSIGNALED(killed(out, kind, step, drafts)), "the run ended before it was killed"
+    digest, resumed_from = run(out, kind)
     print(digest, resumed_from)
-    print(*run(None))
+    print(*run(None, kind))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

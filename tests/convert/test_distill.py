@@ -283,7 +283,11 @@ def test_an_iterable_is_skipped_through_on_resuming_and_begins_again(teacher, to
 def test_killed_runs_end_with_the_weights_of_an_unbroken_one(tmp_path):
     script = Path(__file__).parent / "killed_run.py"
     done = subprocess.run(
-        [sys.executable, script, tmp_path / "run"], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, script, tmp_path / "run", "distill"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     (killed, resumed_from), (unbroken, none) = (line.split() for line in done.stdout.strip().splitlines())

@@ -1,0 +1,246 @@
+"""Recipes: how a published conversion goes, as a small file each; and `linearize`, which carries one out.
+
+subquad/convert/recipes/NAME.toml
+    title, paper, summary, needs = [words, …], cost
+    [mechanism]   name, and its options
+    [transfer]    steps, lr, batch, length                   (of `distill`; left out where there is nothing to transfer)
+    [finetune]    steps, lr, rank, targets, loss, …          (of `finetune`)
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from subquad import contract
+from subquad.checks import InputError, nearest
+from subquad.convert.distill import DistillResult, distill
+from subquad.convert.finetune import FinetuneResult, finetune
+from subquad.convert.lora import merge_lora
+from subquad.convert.run import check_counts, seeded
+from subquad.convert.swap import restore, swap, swapped
+
+WORDS = ("title", "paper", "summary", "cost")
+STAGES: dict[str, tuple[str, ...]] = {
+    "transfer": ("steps", "lr", "batch", "length"),
+    "finetune": (
+        "steps", "lr", "batch", "accumulate", "length", "targets", "rank", "alpha", "train_mechanism", "loss", "kl_weight", "schedule",
+        "warmup", "max_grad_norm",
+    ),
+}  # fmt: skip
+_CALLS: dict[str, Callable[..., Any]] = {"transfer": distill, "finetune": finetune}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A conversion: a mechanism, and the stages that teach it.
+
+    Args:
+        needs: what it asks of the model and the text, in words.
+        cost: in words.
+        mechanism, options: as `swap` takes them.
+        transfer, finetune: arguments of `distill` and `finetune`; None leaves the stage out.
+    """
+
+    name: str
+    title: str
+    paper: str
+    summary: str
+    cost: str
+    needs: tuple[str, ...]
+    mechanism: str
+    options: Mapping[str, Any]
+    transfer: Mapping[str, Any] | None = None
+    finetune: Mapping[str, Any] | None = None
+
+    @property
+    def stages(self) -> dict[str, Mapping[str, Any]]:
+        """The stages there are, in order."""
+        return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
+
+    def tokens(self, stage: str) -> int:
+        """Tokens that a stage reads."""
+        given = {**_defaults(stage), **self.stages[stage]}
+        return given["steps"] * given["batch"] * given["length"] * given.get("accumulate", 1)
+
+    def scaled(self, steps: int) -> Recipe:
+        """With `steps` in all, shared out to the stages in the recipe's proportion, at least one each."""
+        check_counts(steps=steps)
+        if len(self.stages) == 1:
+            return self.changed({key: {"steps": steps} for key in self.stages})
+        assert self.transfer is not None and self.finetune is not None
+        if steps < 2:
+            raise InputError("steps", steps, f"at least 2: {self.name} has two stages")
+        whole = self.transfer["steps"] + self.finetune["steps"]
+        first = min(max(1, round(steps * self.transfer["steps"] / whole)), steps - 1)
+        return self.changed({"transfer": {"steps": first}, "finetune": {"steps": steps - first}})
+
+    def changed(self, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
+        """With other values in its stages; those of 0 steps, and those it does not have, are left out."""
+        made = {name: {**stage, **changes.get(name, {})} for name, stage in self.stages.items()}
+        left = {name: stage for name, stage in made.items() if stage["steps"]}
+        return replace(self, transfer=left.get("transfer"), finetune=left.get("finetune"))
+
+
+@cache
+def recipes() -> dict[str, Recipe]:
+    """The recipes that come with the library, by name."""
+    folder = resources.files("subquad") / "convert" / "recipes"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
+    return {(name := file.name.removesuffix(".toml")): parse(name, file.read_text(encoding="utf-8"), file.name) for file in files}
+
+
+def recipe(name: str | Path | Recipe) -> Recipe:
+    """A recipe by name, or from a file of one's own, which ends with .toml.
+
+    Raises:
+        InputError: no such recipe, or a file that is not one; the message names the file and what in it.
+    """
+    if isinstance(name, Recipe):
+        return name
+    path = Path(name)
+    if path.suffix != ".toml":
+        if str(name) not in recipes():
+            raise nearest("recipe", str(name), recipes(), "recipe, or a .toml file")
+        return recipes()[str(name)]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("recipe", path, f"a recipe's file ({getattr(error, 'strerror', None) or error})") from None
+    return parse(path.stem, text, str(path))
+
+
+def parse(name: str, text: str, file: str) -> Recipe:
+    """A recipe from the text of its file."""
+    try:
+        given = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"recipe {file}", f"TOML that cannot be read ({error})", "a file of valid TOML") from None
+    _known(file, "", given, (*WORDS, "needs", "mechanism", *STAGES))
+    title, paper, summary, cost = (_typed(file, key, given.get(key), str) for key in WORDS)
+    needs = _typed(file, "needs", given.get("needs"), list)
+    options = dict(_typed(file, "[mechanism]", given.get("mechanism"), dict))
+    mechanism = _typed(file, "mechanism.name", options.pop("name", None), str)
+    if mechanism not in contract.mechanisms():
+        raise nearest(f"recipe {file}", mechanism, contract.mechanisms(), "mechanism")
+    _known(file, "mechanism.", options, contract.option_defaults(contract.mechanism(mechanism)))
+    stages = {key: _stage(file, key, given[key]) for key in STAGES if key in given}
+    if not stages:
+        raise InputError(f"recipe {file}", "no stage", f"{' or '.join(f'[{key}]' for key in STAGES)}")
+    return Recipe(
+        name, title, paper, summary, cost, tuple(map(str, needs)), mechanism, options, stages.get("transfer"), stages.get("finetune")
+    )  # fmt: skip
+
+
+def _stage(file: str, name: str, given: Any) -> dict[str, Any]:
+    stage = dict(_typed(file, f"[{name}]", given, dict))
+    _known(file, f"{name}.", stage, STAGES[name])
+    _typed(file, f"{name}.steps", stage.get("steps"), int)
+    for key, value in stage.items():
+        default = _defaults(name)[key]
+        kind = {bool: bool, float: int | float, str: str, tuple: list}.get(type(default), int)
+        _typed(file, f"{name}.{key}", value, kind)
+    return stage
+
+
+def _defaults(stage: str) -> dict[str, Any]:
+    return {key: one.default for key, one in inspect.signature(_CALLS[stage]).parameters.items() if key in STAGES[stage]}
+
+
+def _known(file: str, place: str, given: Mapping[str, Any], known: Any) -> None:
+    for key in given:
+        if key not in known:
+            raise nearest(f"recipe {file}", f"{place}{key}", [f"{place}{name}" for name in known], "key")
+
+
+def _typed(file: str, key: str, value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        was = f"no {key}" if value is None else f"{key} = {value!r}"
+        names = {str: "a text", list: "a list", dict: "a table", int: "an integer", bool: "true or false"}
+        raise InputError(f"recipe {file}", was, names.get(kind, "a number"))
+    return value
+
+
+# ---- carrying one out -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LinearizeResult:
+    """How each stage went; None for a stage that the recipe does not have, or that had nothing to learn."""
+
+    recipe: Recipe
+    transfer: DistillResult | None = None
+    finetune: FinetuneResult | None = None
+
+
+def linearize(
+    model: Any,
+    recipe: str | Path | Recipe,
+    data: Any,
+    *,
+    layers: Any = "all",
+    steps: int | Mapping[str, int] | None = None,
+    batch: int | None = None,
+    length: int | None = None,
+    out: str | Path | None = None,
+    save_every: int = 25,
+    seed: int = 0,
+    progress: bool = True,
+) -> LinearizeResult:
+    """Convert a pretrained causal language model by a recipe, in place: swap, attention transfer, fine-tuning, merge.
+
+    >>> subquad.linearize(model, "lolcats", tokens, steps=400, out="runs/lolcats")
+    >>> model.save_pretrained("folder")
+
+    Args:
+        recipe: a name (`subquad recipes` lists them), a .toml file, or a Recipe.
+        data: as `distill` and `finetune` take them, for both stages.
+        layers: as `swap` takes them.
+        steps: None for the recipe's own; an integer for both stages together, in the recipe's proportion; or
+            {"transfer": …, "finetune": …}, 0 leaving a stage out.
+        batch, length: instead of the recipe's.
+        out: folder for checkpoints, a folder in it for each stage. The same call on the same model, made again after the
+            process died, goes on; made after the end, it gives the converted model again.
+        seed: of new parameters, adapters and data.
+
+    Raises:
+        InputError: as `swap`, `distill` and `finetune`. The model's attention is then the original.
+    """
+    chosen = _chosen(recipe, steps, batch, length)
+    with seeded(seed, -2):
+        swap(model, chosen.mechanism, layers=layers, **chosen.options)
+    result = LinearizeResult(chosen)
+    common: dict[str, Any] = {"save_every": save_every, "seed": seed, "progress": progress, "take_finished": True}
+    try:
+        for name, stage in chosen.stages.items():
+            place = None if out is None else Path(out) / name
+            if name == "finetune":
+                result.finetune = finetune(model, data, **stage, out=place, **common)
+                merge_lora(model)
+            elif any(True for module in swapped(model).values() for _ in module.mechanism.parameters()):
+                result.transfer = distill(model, model, data, **stage, out=place, **common)
+    except BaseException:
+        restore(model)
+        raise
+    return result
+
+
+def _chosen(given: str | Path | Recipe, steps: int | Mapping[str, int] | None, batch: int | None, length: int | None) -> Recipe:
+    chosen = recipe(given)
+    if isinstance(steps, Mapping):
+        for key, value in steps.items():
+            if key not in STAGES:
+                raise nearest("steps", key, STAGES, "stage")
+            if type(value) is not int or value < 0:
+                raise InputError("steps", f"{key}: {value!r}", "an integer of at least 0")
+        chosen = chosen.changed({key: {"steps": value} for key, value in steps.items()})
+    elif steps is not None:
+        chosen = chosen.scaled(steps)
+    own = {key: value for key, value in (("batch", batch), ("length", length)) if value is not None}
+    return chosen.changed(dict.fromkeys(STAGES, own))

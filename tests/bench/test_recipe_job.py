@@ -1,0 +1,236 @@
+"""The job with recipes and fine-tuning: its rows, its saved models, that it goes on, and text that the model writes itself."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from subquad import InputError, Report
+from subquad.bench import quality
+from subquad.bench.choice import Choice
+from subquad.bench.html import report_page
+from subquad.bench.job import Job, run_job
+from subquad.bench.job_rows import ORIGINAL
+from subquad.convert.finetune import finetune
+from subquad.models.load import load_model
+from subquad.models.self_text import sample, self_text
+from subquad.models.text import encode, load_text, split
+
+RECIPE = """
+title = "Small"
+paper = "arXiv 0000.00000"
+summary = "A test."
+cost = "little"
+needs = ["a causal decoder"]
+[mechanism]
+name = "lolcats"
+window = 8
+[transfer]
+steps = 4
+lr = 1e-2
+length = 32
+[finetune]
+steps = 3
+lr = 1e-2
+accumulate = 2
+length = 32
+targets = ["q_proj", "v_proj"]
+"""
+WINDOW = Choice("sliding-window", {"window": 8, "sinks": 2})
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+@pytest.fixture
+def job(folder, text, recipe):
+    return Job(
+        model=str(folder), to=(WINDOW,), recipes=(recipe,), text=(str(text),), window=64, windows=3, prompts=0, lengths=(32,),
+        finetune=2, length=32, tune_original=True,
+    )  # fmt: skip
+
+
+def held_out(model, job):
+    tokens = encode(load_text([path for path in job.text if path != "self"]), load_model(job.model)[1])
+    return quality.perplexity(model, tokens[-192:], window=64).nll
+
+
+def test_the_rows_of_every_stage(job, tmp_path):
+    out = tmp_path / "out"
+    report = run_job(job, out)
+    label = "lolcats:window=8 (recipe small)"
+    assert [(r.mechanism, r.distilled_steps, r.tuned_steps, r.taught_tokens) for r in report.rows] == [
+        (ORIGINAL, 0, 0, None),
+        (ORIGINAL, 0, 2, 2 * 32),
+        (WINDOW.label, 0, 0, None),
+        (WINDOW.label, 0, 2, 2 * 32),
+        (label, 0, 0, None),
+        (label, 4, 0, 4 * 32),
+        (label, 4, 2, 4 * 32 + 2 * 2 * 32),
+    ]
+    assert len({r.nll for r in report.rows}) == 7  # each stage changes something
+    model, tokenizer = load_model(job.model)
+    assert report.rows[0].nll == pytest.approx(held_out(model, job), abs=1e-6)
+    for row, name in ((report.rows[3], WINDOW.folder), (report.rows[6], "recipe-small")):
+        saved, _ = load_model(out / name)  # merged: a plain folder is the model that was measured
+        assert held_out(saved, job) == pytest.approx(row.nll, abs=1e-4) and row.saved == name and len(row.sample) > 48
+        assert not any("lora" in key for key in load_file(out / name / "model.safetensors"))
+    train, _ = split(encode(load_text(job.text), tokenizer), 192)
+    finetune(model, train, steps=2, length=32, progress=False)  # what tuning the original is
+    assert report.rows[1].nll == pytest.approx(held_out(model, job), abs=1e-5)
+    card = (out / "recipe-small" / "README.md").read_text()
+    for part in (
+        "recipe `small` (arXiv 0000.00000)",
+        f"{report.rows[6].ppl:.4g}",
+        f"{report.rows[0].ppl:.4g}",
+        "| 256 |",
+        "## Swapped attention",
+    ):
+        assert part in card
+    assert Report.load(out) == report and [len(r.tune_losses) for r in report.rows] == [0, 2, 0, 2, 0, 0, 2]
+    said = " ".join(report.verdicts())
+    assert "The original, tuned in the same way" in said and "than the baseline, sliding-window" in said
+    assert report.rows[6].gap_closed == pytest.approx(
+        (report.rows[4].nll - report.rows[6].nll) / (report.rows[4].nll - report.rows[0].nll)
+    )  # fmt: skip
+    assert "Fine-tuning</h3>" in report_page(report) and "<h3>Distillation</h3>" in report_page(report)
+    assert sorted(p.name for p in out.iterdir()) == sorted(["job.json", WINDOW.folder, "recipe-small", "report.html", "report.json"])
+
+
+@pytest.mark.parametrize("done", [2, 4, 6])
+def test_an_interrupted_run_goes_on_and_ends_the_same(job, tmp_path, monkeypatch, done):
+    """Stopped while measuring a row, after its teaching: what was taught and measured before is not done again."""
+    whole = run_job(job, tmp_path / "whole")
+    real, calls = quality.perplexity, []
+
+    def interrupted(*args, **options):
+        if len(calls) == done:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "perplexity", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job, tmp_path / "broken")
+    counted = []
+    monkeypatch.setattr(quality, "perplexity", lambda *a, **o: counted.append(1) or real(*a, **o))
+    resumed = run_job(job, tmp_path / "broken")
+    assert len(counted) == 7 - done
+    assert [r.nll for r in resumed.rows] == pytest.approx([r.nll for r in whole.rows], abs=1e-9)
+    assert [r.sample for r in resumed.rows] == [r.sample for r in whole.rows]
+
+
+def test_a_recipe_may_leave_stages_out(job, tmp_path):
+    from dataclasses import replace
+
+    report = run_job(replace(job, to=(), tune_original=False, steps=0, finetune=0))
+    assert [(r.distilled_steps, r.tuned_steps) for r in report.rows] == [(0, 0), (0, 0)]
+    report = run_job(replace(job, to=(), tune_original=False, finetune=None, batch=2))
+    assert [(r.distilled_steps, r.tuned_steps, r.taught_tokens) for r in report.rows[1:]] == [
+        (0, 0, None),
+        (4, 0, 4 * 2 * 32),
+        (4, 3, 4 * 2 * 32 + 3 * 2 * 2 * 32),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"to": (), "recipes": ()}, "--to: got nothing"),
+        ({"recipes": ("lolcat",)}, "recipe: got 'lolcat'.*nearest: lolcats"),
+        ({"recipes": ("lolcats", "lolcats")}, "--recipe: got lolcats, lolcats; expected each recipe once"),
+        ({"recipes": (), "finetune": None}, "--tune-original: got nothing else"),
+        ({"text": ("self",), "self_tokens": 16}, "--self-tokens: got 16; expected at least one batch, 32 tokens"),
+    ],
+)
+def test_bad_input_writes_nothing(job, tmp_path, change, message):
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match=message):
+        run_job(replace(job, **change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- text that the model writes itself --------------------------------------------------------------------------------
+
+
+def test_tokens_come_as_often_as_the_model_says(llama):
+    """The first token of many sequences, against the model's own distribution after the first."""
+    with torch.no_grad():
+        p = (llama(torch.tensor([[256]])).logits[0, -1] / 2).softmax(0)
+    found = sample(llama, first=256, length=1, batch=20000, temperature=2.0, seed=0, index=0).flatten()
+    share = torch.bincount(found, minlength=257) / 20000
+    assert (share - p).abs().max() < 5 * (p * (1 - p) / 20000).sqrt().max()
+    assert p.max() > 2 / 257  # not flat
+
+
+def test_a_sequence_is_sampled_with_its_whole_past(llama):
+    """At a temperature near zero each token is the likeliest after all before it."""
+    made = sample(llama, first=256, length=12, batch=1, temperature=1e-6, seed=3, index=0)[0]
+    ids = torch.cat([torch.tensor([256]), made])
+    with torch.no_grad():
+        assert llama(ids[None, :-1]).logits[0].argmax(-1).tolist() == made.tolist()
+
+
+def test_batches_are_kept_and_gone_on_with(llama, tmp_path, monkeypatch):
+    import subquad.models.self_text as file
+
+    def ask(tokens=100, **options):
+        return self_text(llama, tokens, **{"length": 8, "batch": 4, "cache": tmp_path, "progress": False, **options})
+
+    expected = ask(cache=tmp_path / "other")
+    assert expected.shape == (100,) and expected.dtype == torch.long and int(expected.min()) >= 0 and int(expected.max()) < 257
+    real, calls = file.sample, []
+
+    def stops(*args, **options):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(options["index"])
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "sample", stops)
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+    (folder,) = tmp_path.glob("self-text-*")
+    assert sorted(p.name for p in folder.iterdir()) == ["part-000000.safetensors", "part-000001.safetensors"]
+    (folder / "part-000001.safetensors").write_bytes(b"half")
+    indices = []
+    monkeypatch.setattr(file, "sample", lambda *a, **o: indices.append(o["index"]) or real(*a, **o))
+    assert torch.equal(ask(), expected) and indices == [1, 2, 3]
+    assert torch.equal(ask(40), expected[:40]) and indices == [1, 2, 3]
+    assert not torch.equal(ask(seed=1), expected) and len(list(tmp_path.glob("self-text-*"))) == 2
+
+
+def test_a_job_teaches_with_what_the_model_wrote(job, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path / "cache"))
+    own = replace(job, text=("self", *job.text), self_tokens=256, to=(), steps=0, tune_original=True)
+    report = run_job(own, tmp_path / "out")
+    model, _ = load_model(job.model)
+    taught = self_text(model, 256, length=32, cache=tmp_path / "cache", progress=False)
+    finetune(model, taught, steps=2, lr=1e-2, accumulate=2, length=32, targets=["q_proj", "v_proj"], progress=False)
+    assert report.rows[1].nll == pytest.approx(held_out(model, job), abs=1e-5)  # on the text of the file
+    assert "256 tokens that the model wrote itself" in report.about["text"] and math.isfinite(report.rows[-1].ppl)
+
+
+def test_misuse_of_self_text_is_one_line(llama, tmp_path):
+    (tmp_path / "file").write_text("")
+    for match, options in {
+        "tokens: got 0": {"tokens": 0},
+        "temperature: got 0": {"temperature": 0},
+        "cache: got .*file.*a folder that can be written to": {"cache": tmp_path / "file"},
+    }.items():
+        with pytest.raises(InputError, match=match) as error:
+            self_text(llama, **{"tokens": 4, "length": 2, "batch": 2, "progress": False, **options})
+        assert "\n" not in str(error.value)
+    llama.config.eos_token_id = None
+    with pytest.raises(InputError, match="without bos_token_id and eos_token_id"):
+        self_text(llama, 4)

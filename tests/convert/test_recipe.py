@@ -1,0 +1,164 @@
+"""Recipes: what their files may say, how they are scaled, and that `linearize` is swap, distill, finetune and merge."""
+
+import copy
+import re
+
+import pytest
+import torch
+from convert.toy_mechanisms import tiny_llama
+
+import subquad
+from subquad import InputError, contract
+from subquad.convert.distill import distill
+from subquad.convert.finetune import finetune
+from subquad.convert.lora import merge_lora
+from subquad.convert.recipe import linearize, parse, recipe, recipes
+from subquad.convert.run import seeded
+from subquad.convert.swap import swap, swapped
+
+TEXT = """
+title = "Mine"
+paper = "none"
+summary = "A test."
+cost = "little"
+needs = ["a causal decoder"]
+[mechanism]
+name = "lolcats"
+window = 4
+[transfer]
+steps = 30
+lr = 1e-2
+length = 16
+[finetune]
+steps = 10
+lr = 1e-2
+accumulate = 2
+length = 16
+targets = ["q_proj", "k_proj"]
+"""
+QUIET = {"progress": False}
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_llama()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(97, (600,), generator=torch.Generator().manual_seed(5))
+
+
+def same(a, b):
+    x, y = a.state_dict(), b.state_dict()
+    assert x.keys() == y.keys()
+    return all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_every_recipe_can_be_swapped_in_and_names_its_stages():
+    known = recipes()
+    assert {"lolcats", "hedgehog", "sliding-window"} <= known.keys()
+    for name, one in known.items():
+        assert one.name == name and one.needs and contract.card(one.mechanism).causal
+        model = swap(tiny_llama(), one.mechanism, **one.options)
+        learns = any(True for m in swapped(model).values() for _ in m.mechanism.parameters())
+        assert learns == (one.transfer is not None) and one.finetune is not None
+
+
+def test_the_baseline_is_tuned_as_lolcats():
+    assert recipe("sliding-window").finetune == recipe("lolcats").finetune
+    assert recipe("sliding-window").options == {"window": 64, "sinks": 4}
+
+
+def test_tokens_and_steps(mine):
+    one = recipe(mine)
+    assert one.name == "mine" and (one.tokens("transfer"), one.tokens("finetune")) == (30 * 16, 10 * 2 * 16)
+    assert [stage["steps"] for stage in one.scaled(8).stages.values()] == [6, 2]
+    assert [stage["steps"] for stage in one.scaled(2).stages.values()] == [1, 1]
+    assert one.scaled(8).transfer["lr"] == 1e-2
+    left = one.changed({"transfer": {"steps": 0}})
+    assert left.transfer is None and left.finetune == one.finetune and left.scaled(7).finetune["steps"] == 7
+    with pytest.raises(InputError, match="steps: got 1; expected at least 2"):
+        one.scaled(1)
+
+
+def test_linearize_is_its_stages_one_after_another(model, mine, tokens):
+    whole, apart = copy.deepcopy(model), model
+    result = subquad.linearize(whole, mine, tokens, steps={"transfer": 3, "finetune": 2}, seed=7, **QUIET)
+    with seeded(7, -2):
+        swap(apart, "lolcats", window=4)
+    first = distill(apart, apart, tokens, steps=3, lr=1e-2, length=16, seed=7, **QUIET)
+    second = finetune(apart, tokens, steps=2, lr=1e-2, accumulate=2, length=16, targets=["q_proj", "k_proj"], seed=7, **QUIET)
+    assert result.transfer.losses == first.losses and result.finetune.losses == second.losses
+    assert same(whole, merge_lora(apart)) and len(swapped(whole)) == 3
+
+
+def test_it_goes_on_where_it_stopped_and_gives_a_finished_model_again(model, mine, tokens, tmp_path, monkeypatch):
+    expected, broken = copy.deepcopy(model), copy.deepcopy(model)
+    steps = {"transfer": 3, "finetune": 4}
+    linearize(expected, mine, tokens, steps=steps, **QUIET)
+    options = {"steps": steps, "out": tmp_path / "run", "save_every": 1, **QUIET}
+
+    class Stop(Exception):
+        pass
+
+    from subquad.convert.finetune import _Engine
+
+    real = _Engine.advance
+
+    def stops(self, run, *rest):
+        if run.step == 2:
+            raise Stop
+        return real(self, run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Engine, "advance", stops)
+        with pytest.raises(Stop):
+            linearize(broken, mine, tokens, **options)
+    assert same(broken, model) and not swapped(broken)  # as it was
+    result = linearize(broken, mine, tokens, **options)
+    assert result.transfer.resumed_from == 3 and result.finetune.resumed_from == 2
+    assert same(broken, expected)
+    again = copy.deepcopy(model)
+    linearize(again, mine, tokens, **options)
+    assert same(again, expected)
+
+
+def test_nothing_to_transfer_is_left_out(model, tokens):
+    result = linearize(model, "sliding-window", tokens, steps=2, batch=1, length=16, layers="2:1", **QUIET)
+    assert result.transfer is None and result.finetune.steps == 2 and list(swapped(model)) == [0, 1]
+    assert result.finetune.tokens == 2 * 8 * 16
+
+
+def test_damaged_files_are_named(tmp_path):
+    for old, new, message in (
+        ('title = "Mine"', "title = 3", "title = 3; expected a text"),
+        ('title = "Mine"', "", "no title; expected a text"),
+        ("[mechanism]", "[mechanismus]", "'mechanismus'; expected a key; nearest: mechanism"),
+        ('name = "lolcats"', 'name = "lolcat"', "'lolcat'; expected a mechanism; nearest: .*lolcats"),
+        ("window = 4", "windw = 4", "'mechanism.windw'; expected a key; nearest: mechanism.window"),
+        ("steps = 30", "step = 30", "'transfer.step'.*nearest: transfer.steps"),
+        ("steps = 30", "", "no transfer.steps; expected an integer"),
+        ("steps = 10", "steps = true", "finetune.steps = True; expected an integer"),
+        ("accumulate = 2", 'accumulate = "2"', "finetune.accumulate = '2'; expected an integer"),
+        ('targets = ["q_proj", "k_proj"]', 'targets = "q_proj"', "finetune.targets = 'q_proj'; expected a list"),
+        ("lr = 1e-2", "lr = ", "TOML that cannot be read"),
+    ):
+        assert old in TEXT
+        with pytest.raises(InputError) as error:
+            parse("mine", TEXT.replace(old, new), "mine.toml")
+        assert re.match(rf"recipe mine\.toml: got {message}", str(error.value)) and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="got no stage; expected"):
+        parse("mine", TEXT[: TEXT.index("[transfer]")], "mine.toml")
+    with pytest.raises(InputError, match=r"recipe: got 'lolcat'.*nearest: lolcats"):
+        recipe("lolcat")
+    with pytest.raises(InputError, match=r"none\.toml; expected a recipe's file"):
+        recipe(tmp_path / "none.toml")

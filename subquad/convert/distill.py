@@ -5,7 +5,8 @@ the same inputs x_l, and only what the swap put in (the mechanism's parameters �
 
     loss_l = ‖student_l(x_l; θ_l) − teacher_l(x_l)‖² / ‖teacher_l(x_l)‖²      before the output projection
 
-The division puts all layers on one scale; AdamW is indifferent to it.
+The division puts all layers on one scale; AdamW is indifferent to it. Or, with objective="weights", to attend as it does: see
+`subquad.convert.mimic`.
 
 Attention transfer: Zhang et al., LoLCATs (arXiv 2410.10254), sec. 3.2.
 """
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 
 from subquad.checks import InputError, shape_of
 from subquad.convert.checkpoint import Checkpoint, Checkpoints
+from subquad.convert.mimic import check_pupil
 from subquad.convert.swap import swapped
-from subquad.convert.transfer import Pupils, lessons
+from subquad.convert.transfer import Objective, Pupils, lessons
 from subquad.models.text import Batches
 
 BETAS = (0.7, 0.9)  # short memories: runs are short, and gradients change fast while the maps form
@@ -60,6 +62,7 @@ def distill(
     data: Any,
     *,
     steps: int,
+    objective: Objective = "output",
     lr: float = 2e-2,
     batch: int = 1,
     length: int = 512,
@@ -84,6 +87,8 @@ def distill(
         data: token ids ``[T]`` (cut into batches here), or an iterable of batches, each a dict of the model's arguments or
             token ids ``[B, N]``; it begins again when it ends.
         steps: batches to learn from.
+        objective: "output", the loss above; or "weights", Hedgehog's: cross-entropy between the weights of softmax and of the
+            mechanism over the student's own queries and keys (hedgehog, lolcats), quadratic in time and linear in memory.
         lr: the largest learning rate of AdamW: it rises over the first steps and falls to zero along a line. (The paper's
             1e-2, kept up for two epochs, learns more slowly in runs of up to 100 steps.)
         batch, length: of the batches cut from token ids.
@@ -95,17 +100,19 @@ def distill(
         take_finished: if `out` holds the finished run of this call, take its weights instead of refusing.
 
     Raises:
-        InputError: nothing to learn, models that do not match, text shorter than a batch, or an `out` that is not an
-            unfinished run of the same call (the message names the setting that differs).
+        InputError: nothing to learn, an objective that a mechanism does not have, models that do not match, text shorter than a
+            batch, or an `out` that is not an unfinished run of the same call (the message names the setting that differs).
     """
     _check_numbers(steps=steps, save_every=save_every, batch=batch, length=length)
     if not isinstance(lr, int | float) or not 0 < lr < math.inf:
         raise InputError("lr", lr, "a positive number")
     pupils = _pupils(student)
+    _check_objective(objective, pupils)
     feed = _Feed(data, steps, batch, length, seed)
     settings = {"layers": _described(pupils), "steps": steps, "lr": lr, "seed": seed, **feed.settings, "teacher": _fingerprint(teacher)}
+    settings["objective"] = objective
     keeper = None if out is None else Checkpoints(out, settings, steps, take_finished=take_finished)
-    with lessons(student, teacher, pupils) as teach, _Bar(steps, progress) as bar:
+    with lessons(student, teacher, pupils, objective) as teach, _Bar(steps, progress) as bar:
         run = _Run(pupils, steps, lr, keeper)
         while run.step < steps:
             with _seeded(seed, run.step):
@@ -121,6 +128,14 @@ def _check_numbers(**numbers: int) -> None:
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(name, value, "a positive integer")
+
+
+def _check_objective(objective: Objective, pupils: Pupils) -> None:
+    if objective not in ("output", "weights"):
+        raise InputError("objective", repr(objective), "'output' or 'weights'")
+    if objective == "weights":
+        for pupil in pupils.values():
+            check_pupil(pupil)
 
 
 def _pupils(student: nn.Module) -> Pupils:

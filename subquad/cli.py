@@ -1,4 +1,4 @@
-"""The command line: `subquad list | show | swap | swap-encoder | train | bench | spectrum | flops | simulate-gna | tune | doctor`.
+"""The command line: `subquad list | show | swap | swap-encoder | needle | train | bench | spectrum | flops | simulate-gna | tune | doctor`.
 
 Bad input of any kind is one line on standard error and exit status 2. What is heavy is imported inside the commands.
 """
@@ -25,6 +25,7 @@ from subquad import contract
 from subquad._version import __version__
 from subquad.checks import InputError, nearest
 from subquad.cli_encoder import swap_encoder
+from subquad.cli_needle import needle
 from subquad.cli_simulate import simulate_gna
 from subquad.cli_train import train_app
 
@@ -267,6 +268,7 @@ def _command() -> str:
 app.add_typer(train_app, name="train")
 app.command("simulate-gna")(simulate_gna)
 app.command("swap-encoder")(swap_encoder)
+app.command("needle")(needle)
 
 
 # ---- bench, tune and doctor ----------------------------------------------------------------------------------------

@@ -125,19 +125,19 @@ def hidden_prompt(task: Task, length: int, depth: float, *, index: int = 0, seed
     while (size := _counted(count, next_one := next(hay))) <= room:
         filler.append(next_one)
         room -= size
-    places = [round(depth * len(filler)), *(pick.randint(0, len(filler)) for _ in facts[1:])]
-    text = _told(task, filler, facts, places, question)
+    depths = [depth, *(pick.random() for _ in facts[1:])]
+    text = _told(task, filler, facts, depths, question)
     while count(text) > length and filler:  # tokens of a whole are not quite those of its parts
         filler.pop()
-        text = _told(task, filler, facts, [round(depth * len(filler)), *places[1:]], question)
+        text = _told(task, filler, facts, depths, question)
     order = tuple(pick.sample(choices, len(choices)))
     return Hidden(task, text, answer, order, length, depth)
 
 
-def _told(task: str, filler: Sequence[str], facts: Sequence[str], places: Sequence[int], question: str) -> str:
+def _told(task: str, filler: Sequence[str], facts: Sequence[str], depths: Sequence[float], question: str) -> str:
     said = list(filler)
-    for place, fact in sorted(zip(places, facts), key=lambda one: one[0], reverse=True):  # from the end, so that places stay right
-        said.insert(place, fact)
+    for depth, fact in sorted(zip(depths, facts), reverse=True):  # from the end, so that places stay right
+        said.insert(round(depth * len(filler)), fact)
     return " ".join([_OPENING[task], *said, question])
 
 

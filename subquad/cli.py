@@ -1,4 +1,4 @@
-"""The command line: `subquad list | show | swap | recipes | train | bench | spectrum | flops | simulate-gna | tune | doctor`.
+"""The command line: what `subquad --help` lists.
 
 Bad input of any kind is one line on standard error and exit status 2. What is heavy is imported inside the commands.
 """
@@ -24,6 +24,9 @@ from typer.core import TyperGroup
 from subquad import contract
 from subquad._version import __version__
 from subquad.checks import InputError, nearest
+from subquad.cli_chat import chat
+from subquad.cli_encoder import swap_encoder
+from subquad.cli_needle import needle
 from subquad.cli_recipes import recipes
 from subquad.cli_simulate import simulate_gna
 from subquad.cli_train import train_app
@@ -286,6 +289,9 @@ def _command() -> str:
 app.add_typer(train_app, name="train")
 app.command("recipes")(recipes)
 app.command("simulate-gna")(simulate_gna)
+app.command("swap-encoder")(swap_encoder)
+app.command("needle")(needle)
+app.command("chat")(chat)
 
 
 # ---- bench, tune and doctor ----------------------------------------------------------------------------------------

@@ -170,18 +170,18 @@ def recall(
         for prompt in made:
             answers = {code: encode(f"{prompt.text} {code}") for code in prompt.codes}
             right = answers[prompt.answer]
-            start = _common([*answers.values(), encode(prompt.text)])
+            start = common_start([*answers.values(), encode(prompt.text)])
             logits = model(input_ids=torch.tensor([right], device=device_of(model)), use_cache=False).logits[0]
             best = logits[start - 1 : -1].argmax(-1).tolist()
             exact += best == right[start:]
-            fork = _common(list(answers.values()))  # the first place where the candidates differ
+            fork = common_start(list(answers.values()))  # the first place where the candidates differ
             rivals = [ids[fork] for ids in answers.values()]
             ranked += max(rivals, key=lambda token: float(logits[fork - 1, token])) == right[fork]
             advance()
     return Recall(exact / prompts, ranked / prompts, prompts, pairs, distance)
 
 
-def _common(sequences: Sequence[Sequence[int]]) -> int:
+def common_start(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest common start."""
     same = 0
     for column in zip(*sequences):

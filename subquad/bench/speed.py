@@ -192,7 +192,7 @@ def timings(
                 advance()
                 if spent > _LONG:
                     break
-            size = cache_bytes(*_cached(out).values())
+            size = cache_bytes(*cached(out).values())
             found.append(Timing(length, best, _decode_ms(model, out, decoded), decoded, size))
     return found
 
@@ -214,7 +214,7 @@ def _prefill(model: Any, ids: Tensor) -> Any:
     return model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
 
-def _cached(out: Any) -> dict[str, Any]:
+def cached(out: Any) -> dict[str, Any]:
     """What a model keeps, as the argument of its next call."""
     from subquad.convert.cache import CACHE
 
@@ -227,7 +227,7 @@ def _decode_ms(model: Any, out: Any, decoded: int) -> float:
         token = out.logits[:, -1:].argmax(-1)
         synchronize(device)
         begin = time.perf_counter()
-        out = model(input_ids=token, use_cache=True, **_cached(out))
+        out = model(input_ids=token, use_cache=True, **cached(out))
         synchronize(device)
         spent.append(time.perf_counter() - begin)
     return 1e3 * sorted(spent)[len(spent) // 2]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from subquad.checks import InputError
 from subquad.convert.checkpoint import SHOULD, Checkpoints
 from subquad.convert.run import Bar, seeded
-from subquad.convert.transfer import Pupils, lessons
+from subquad.convert.transfer import Objective, Pupils, lessons
 
 
 class Hidden:
@@ -94,6 +94,7 @@ def groups_of(pupils: Pupils, layers: int, size: int) -> list[tuple[int, int, Pu
 def distill_in_groups(
     student: nn.Module, teacher: nn.Module, feed: Any, pupils: Pupils, size: int, *, device: torch.device, steps: int, lr: float,
     out: Path, save_every: int, seed: int, settings: dict[str, Any], progress: bool, take_finished: bool,
+    objective: Objective = "output",
 ) -> Any:  # fmt: skip
     """`distill`, a group of `size` layers at a time: arguments as there, checked already.
 
@@ -121,7 +122,7 @@ def distill_in_groups(
                 )
                 if target is None and not take_finished and _finished(keeper, steps):
                     raise InputError("out", f"{out}, a finished run", SHOULD)
-                teach: Any = stack.enter_context(lessons(student, teacher, some))
+                teach: Any = stack.enter_context(lessons(student, teacher, some, objective))
                 teach.device = device
                 for module in some.values():
                     module.mechanism.to(device)

@@ -5,7 +5,8 @@ the same inputs x_l, and only what the swap put in (the mechanism's parameters �
 
     loss_l = ‖student_l(x_l; θ_l) − teacher_l(x_l)‖² / ‖teacher_l(x_l)‖²      before the output projection
 
-The division puts all layers on one scale; AdamW is indifferent to it.
+The division puts all layers on one scale; AdamW is indifferent to it. Or, with objective="weights", to attend as it does: see
+`subquad.convert.mimic`.
 
 Attention transfer: Zhang et al., LoLCATs (arXiv 2410.10254), sec. 3.2.
 """
@@ -25,10 +26,11 @@ from torch import nn
 from subquad.checks import InputError
 from subquad.convert.checkpoint import Checkpoints
 from subquad.convert.feed import Feed
+from subquad.convert.mimic import check_pupil
 from subquad.convert.module import SwappedAttention
 from subquad.convert.run import Bar, Run, check_counts, check_rate, seeded
 from subquad.convert.swap import swapped
-from subquad.convert.transfer import Pupils, lessons
+from subquad.convert.transfer import Objective, Pupils, lessons
 from subquad.models.fingerprint import fingerprint
 
 BETAS = (0.7, 0.9)  # short memories: runs are short, and gradients change fast while the maps form
@@ -61,6 +63,7 @@ def distill(
     data: Any,
     *,
     steps: int,
+    objective: Objective = "output",
     lr: float = 2e-2,
     batch: int = 1,
     length: int = 512,
@@ -87,6 +90,8 @@ def distill(
         data: token ids ``[T]`` (cut into batches here), or an iterable of batches, each a dict of the model's arguments or
             token ids ``[B, N]``; it begins again when it ends.
         steps: batches to learn from.
+        objective: "output", the loss above; or "weights", Hedgehog's: cross-entropy between the weights of softmax and of the
+            mechanism over the student's own queries and keys (hedgehog, lolcats), quadratic in time and linear in memory.
         lr: the largest learning rate of AdamW: it rises over the first steps and falls to zero along a line. (The paper's
             1e-2, kept up for two epochs, learns more slowly in runs of up to 100 steps.)
         batch, length: of the batches cut from token ids.
@@ -102,19 +107,29 @@ def distill(
         device: of the group.
 
     Raises:
-        InputError: nothing to learn, models that do not match, text shorter than a batch, or an `out` that is not an
-            unfinished run of the same call (the message names the setting that differs).
+        InputError: nothing to learn, an objective that a mechanism does not have, models that do not match, text shorter than a
+            batch, or an `out` that is not an unfinished run of the same call (the message names the setting that differs).
     """
     check_counts(steps=steps, save_every=save_every, batch=batch, length=length)
     check_rate("lr", lr)
     pupils = _pupils(student)
+    _check_objective(objective, pupils)
     feed = Feed(data, steps, batch, length, seed)
     settings = {"layers": described(pupils), "steps": steps, "lr": lr, "seed": seed, **feed.settings, "teacher": fingerprint(teacher)}
+    settings["objective"] = objective
     if group is not None:
-        options = {"steps": steps, "lr": lr, "save_every": save_every, "seed": seed, "progress": progress, "take_finished": take_finished}
+        options: dict[str, Any] = {
+            "steps": steps,
+            "lr": lr,
+            "save_every": save_every,
+            "seed": seed,
+            "progress": progress,
+            "take_finished": take_finished,
+        }
+        options["objective"] = objective
         return _in_groups(student, teacher, feed, pupils, group, device, out, settings, options)
     keeper = None if out is None else Checkpoints(out, settings, steps, take_finished=take_finished)
-    with lessons(student, teacher, pupils) as teach, Bar("distill", steps, progress) as bar:
+    with lessons(student, teacher, pupils, objective) as teach, Bar("distill", steps, progress) as bar:
         run = _Run(pupils, steps, lr, keeper)
         while run.step < steps:
             with seeded(seed, run.step):
@@ -137,6 +152,14 @@ def _in_groups(
         raise InputError("out", None, "a folder for the hidden states between groups")
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     return distill_in_groups(student, teacher, feed, pupils, group, device=where, out=Path(out), settings=settings, **options)
+
+
+def _check_objective(objective: Objective, pupils: Pupils) -> None:
+    if objective not in ("output", "weights"):
+        raise InputError("objective", repr(objective), "'output' or 'weights'")
+    if objective == "weights":
+        for pupil in pupils.values():
+            check_pupil(pupil)
 
 
 def _pupils(student: nn.Module) -> Pupils:

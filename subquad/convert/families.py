@@ -37,6 +37,8 @@ FAMILIES = (
     Family("vit", "ViT", causal=False),
     Family("deit", "DeiT", causal=False),
     Family("swin", "Swin", causal=False),
+    Family("bert", "Bert", causal=False),
+    Family("roberta", "Roberta", causal=False),
 )
 
 

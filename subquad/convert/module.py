@@ -22,6 +22,7 @@ class SwappedAttention(nn.Module):
     """
 
     projection: ClassVar[str] = "o_proj"  # the output projection's name; its input is what `heads_output` returns
+    plain_softmax: ClassVar[bool] = True  # the original's weights are the softmax of q·k / √D, without a bias
     original: nn.Module
 
     def __init__(self, original: nn.Module, mechanism: Attention, path: str) -> None:

@@ -20,7 +20,7 @@ from subquad.convert.families import FAMILIES, family_of
 
 _AUTO_CLASSES = (
     "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering", "AutoModelForImageClassification", "AutoModelForMaskedImageModeling",
+    "AutoModelForQuestionAnswering", "AutoModelForMaskedLM", "AutoModelForImageClassification", "AutoModelForMaskedImageModeling",
 )  # fmt: skip
 _CLASSES: dict[type, type] = {}
 

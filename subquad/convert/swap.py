@@ -62,8 +62,8 @@ def swap(model: Any, to: str | None = None, *, layers: Any = "all", **options: A
     The projections, biases and query/key norms stay, under their own names. New parameters get the model's dtype and device.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 model, a ViT, DeiT or Swin of transformers, or a VisionTransformer or SwinTransformer
-            of timm.
+        model: a Llama, Mistral, Qwen2 or Qwen3 model, a BERT or RoBERTa encoder, a ViT, DeiT or Swin of transformers, or a
+            VisionTransformer or SwinTransformer of timm.
         to: a mechanism's name; None if `layers` maps each layer to one.
         layers: "all", indices (negative ones from the end), a ratio such as "3:1" (three swapped, one kept, repeating), or a
             mapping from layer to a name or to {"name": …, option: …}.
@@ -216,8 +216,8 @@ def find_host(model: Any) -> Host:
         raise InputError(
             "model",
             _description(model),
-            "a Llama, Mistral, Qwen2, Qwen3, ViT, DeiT or Swin (with its head or without) of transformers, or timm's VisionTransformer "
-            "or SwinTransformer",
+            "a Llama, Mistral, Qwen2, Qwen3, BERT, RoBERTa, ViT, DeiT or Swin (with its head or without) of transformers, or timm's "
+            "VisionTransformer or SwinTransformer",
         )
     return host
 
@@ -250,6 +250,8 @@ def _transformers_host(model: nn.Module) -> Host | None:
         from subquad.convert.windows import SwappedSwinAttention
 
         return _swin_host(model, sites, SwappedSwinAttention, family)
+    if family.model_type in ("bert", "roberta"):
+        return _bert_host(model, sites, family)
     return _vit_host(model, sites, family)
 
 
@@ -280,6 +282,22 @@ def _swin_host(model: nn.Module, sites: list[Site], wrapper: Any, family: Any = 
     return Host(
         model, sites, False, sizes, wrap, family, partial(watch_swin, model, blocks), partial(forget_swin, model, blocks), {"scope": SCOPES}
     )
+
+
+def _bert_host(model: Any, sites: list[Site], family: Any) -> Host:
+    from subquad.convert.text_encoder import SwappedBertAttention
+
+    if model.config.is_decoder:
+        raise InputError("model", f"{type(model).__name__} with is_decoder=True", "an encoder: its tokens see each other both ways")
+
+    def sizes(original: Any) -> dict[str, int]:
+        config = getattr(original, "self").config  # noqa: B009  a submodule of that name
+        return {
+            "heads": config.num_attention_heads, "head_dim": config.hidden_size // config.num_attention_heads,
+            "hidden_size": config.hidden_size,
+        }  # fmt: skip
+
+    return Host(model, sites, False, sizes, SwappedBertAttention, family)
 
 
 def _vit_host(model: nn.Module, sites: list[Site], family: Any) -> Host:

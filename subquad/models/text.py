@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import resources
@@ -17,6 +18,8 @@ from subquad.checks import InputError, shape_of
 
 _OPENERS = {".xz": lzma.decompress, ".gz": gzip.decompress}
 _IN_FOLDERS = (".txt", ".md", ".txt.xz", ".md.xz", ".txt.gz", ".md.gz")  # what counts as text inside a folder
+_TITLES = "".join(rf"(?<!\b{title}\.)" for title in ("Mr", "Mrs", "Ms", "Dr", "St", "Capt"))
+_SENTENCE_END = re.compile(rf"(?:(?<=[.!?]){_TITLES}|(?<=[.!?][\"'”’])) (?=[\"'“‘A-Z])")
 
 
 def book() -> str:
@@ -165,3 +168,13 @@ def _check_tokens(tokens: Tensor) -> None:
 def _check_length(tokens: Tensor, size: int) -> None:
     if tokens.shape[0] < size:
         raise InputError("text", f"{tokens.shape[0]} tokens", f"at least one window, {size} tokens")
+
+
+def sentences(text: str, *, least: int = 4, most: int = 60) -> list[str]:
+    """The sentences of an English text, in order, that have from `least` to `most` words; each once.
+
+    A sentence ends with . ! or ? (and closing quotes) before a space and a capital, quote or end; titles such as "Mr." end none.
+    """
+    flat = " ".join(text.split())
+    parts = _SENTENCE_END.split(flat)
+    return list(dict.fromkeys(part for part in parts if least <= len(part.split()) <= most))

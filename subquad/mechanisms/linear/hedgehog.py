@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from subquad.checks import InputError, nearest
 from subquad.contract import Attention, Call, Card, Shape, register
+from subquad.ops.common import expand_heads
 from subquad.ops.feature_maps import exp_halves, project_heads, softmax2, softmax_halves
 from subquad.ops.linear import linear_attention
 from subquad.ops.moments import moment_attention
@@ -99,6 +100,15 @@ class Hedgehog(Attention):
         """φ of (rotated) queries or keys ``[B, N, heads, D]``, in float32 or float64: ``[B, N, heads, 2F]``."""
         y = project_heads(x, getattr(self, f"W_{name}"), getattr(self, f"b_{name}"))
         return FEATURES[self.feature_map](y)
+
+    def feature_pair(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ_q of rotated q and φ_k of rotated k, both for each query head: ``[B, N, H, 2F]``."""
+        return self.features("q", q), expand_heads(self.features("k", k), self.heads)
+
+    def weigh(self, fq: Tensor, fk: Tensor, scores: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Weights ``[B, H, n, m]`` of some queries and keys, by features ``[B, H, ·, 2F]``, where scores are not −inf."""
+        a = (fq @ fk.mT).where(scores > -torch.inf, 0.0)
+        return a / (a.sum(-1, keepdim=True) + EPS)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         q, k = rotate(call.rotary, q, k)

@@ -1,0 +1,109 @@
+"""A conversation against one that reads everything anew, its memory, what it keeps when stopped; the command."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import subquad
+from subquad import InputError
+from subquad.bench.chat import Conversation
+from subquad.cli import app
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture
+def templated(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TEMPLATE
+    return made
+
+
+def greedy(model, ids, most, end):
+    """Token by token, the whole text read each time."""
+    for _ in range(most):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token == end:
+            break
+        ids = [*ids, token]
+    return ids
+
+
+@pytest.mark.parametrize("name", [None, "hedgehog", "sliding-window"])
+def test_turns_say_what_one_reading_of_the_whole_text_says(llama, templated, name):
+    if name is not None:
+        subquad.swap(llama, name)
+    talk = Conversation(llama, templated, temperature=0, most=12)
+    first = "".join(talk.say("Call me"))
+    second = "".join(talk.say("Ishmael"))
+    ids = templated("<user>Call me<eos><assistant>")["input_ids"]
+    said = greedy(llama, ids, 12, 256)
+    assert templated.decode(said[len(ids) :], skip_special_tokens=True).startswith(first)
+    ids = [*said, *templated("<eos><user>Ishmael<eos><assistant>")["input_ids"]]
+    expected = templated.decode(greedy(llama, ids, 12, 256)[len(ids) :], skip_special_tokens=True)
+    assert expected.startswith(second) and len(expected) - len(second) <= 1  # a cut character is not shown
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+
+
+def test_what_is_kept_stays_the_same_with_a_fixed_state(llama, templated):
+    plain, swapped = (Conversation(copy.deepcopy(llama), templated, temperature=0, most=8) for _ in range(2))
+    subquad.swap(swapped.model, "hedgehog")
+    sizes = {}
+    for talk in (plain, swapped):
+        for text in ("one", "two", "three"):
+            list(talk.say(text))
+            sizes.setdefault(talk, []).append((talk.nbytes, talk.tokens))
+    assert len({size for size, _ in sizes[swapped]}) == 1
+    assert [size for size, _ in sizes[plain]] == [
+        tokens * 4 * 2 * 2 * 8 * 4 for _, tokens in sizes[plain]
+    ]  # layers, k and v, heads, D, bytes
+
+
+def test_without_a_template_the_text_goes_on(llama, tokenizer):
+    talk = Conversation(llama, tokenizer, temperature=0, most=5)
+    list(talk.say("It was the"))
+    ids = tokenizer("It was the")["input_ids"]
+    assert talk.told == tokenizer.decode(greedy(llama, ids, 5, 256))
+    assert talk.tokens == len(ids) + 4 and len(talk.pending) == 1  # the last token is written but not yet read
+    talk.reset()
+    assert (talk.nbytes, talk.tokens, talk.told) == (0, 0, "")
+
+
+def test_a_reply_that_is_stopped_is_kept_as_far_as_it_went(llama, templated):
+    talk = Conversation(llama, templated, temperature=0, most=40)
+    pieces = talk.say("Call me")
+    taken = "".join(itertools.islice(pieces, 3))
+    pieces.close()
+    assert talk.messages[-1] == {"role": "assistant", "content": taken} and talk.told.endswith(taken)
+    tokens = talk.tokens
+    next(talk.say("again"))
+    assert talk.tokens > tokens  # went on, did not begin anew
+
+
+def test_sampling_keeps_to_the_likeliest_and_to_the_seed(llama, tokenizer):
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    talk = Conversation(llama, tokenizer, temperature=1, top_p=0.7)
+    drawn = [talk._choose(logits) for _ in range(400)]
+    assert set(drawn) == {0, 1} and abs(drawn.count(0) / 400 - 0.625) < 0.08
+    assert {Conversation(llama, tokenizer, temperature=1, top_p=0.01)._choose(logits) for _ in range(9)} == {0}
+    replies = {"".join(Conversation(llama, tokenizer, seed=seed, most=9).say("Ahab")) for seed in (1, 1, 2)}
+    assert len(replies) == 2
+
+
+def test_bad_settings_are_refused(llama, tokenizer):
+    for name, value in (("temperature", -1), ("top_p", 0), ("most", 0)):
+        with pytest.raises(InputError, match=name):
+            Conversation(llama, tokenizer, **{name: value})
+
+
+def test_the_command(folder):
+    said = CliRunner().invoke(app, ["chat", str(folder), "--max-tokens", "6"], input="Call me\n/rest\n/reset\nmore\n/quit\nnever\n")
+    assert said.exit_code == 0, said.output
+    assert "No command /rest" in said.stderr and "Forgotten." in said.stderr and "no chat template" in said.stderr
+    assert said.stderr.count("tokens/s") == 2 and said.stderr.count("kept in") == 2
+    ended = CliRunner().invoke(app, ["chat", str(folder)], input="")
+    assert ended.exit_code == 0 and "tokens/s" not in ended.stderr

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from bounds import check_bounds
 
+from subquad.ops.launcher import Launcher
 from subquad.ops.sparse import Layout, fused, launch, sparse_attention, sparse_attention_reference
 from subquad.ops.sparse.codes import decode, encode
 from subquad.ops.sparse.compiled import triton_rule
@@ -252,6 +254,18 @@ def test_half_precision_is_as_good_as_its_inputs(dtype):
     assert o.dtype == dtype and (o.double() - want).abs().max() <= digits * want.abs().max()
     for found, exact in zip(torch.autograd.grad(o.double().sin().sum(), x), torch.autograd.grad(want.sin().sum(), wide)):
         assert found.dtype == dtype and (found.double() - exact).norm() <= 3 * digits * exact.norm()
+
+
+def test_no_size_is_compiled_into_a_kernel(monkeypatch):
+    """Kernels are remembered by all that Triton specialises on, and so it must not specialise on the numbers that follow the strides."""
+    calls, call = [], Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *given: (calls.append((self.kernel, given)), call(self, *given))[1])
+    both_ways(Layout.window(40, 15, 2))
+    assert len(calls) == 3
+    for kernel, (_, tensors, strides, plain) in calls:
+        names = kernel.arg_names[len(tensors) + len(strides) :][: len(plain)]
+        free = getattr(kernel, "do_not_specialize", None) or getattr(kernel, "kwargs", {}).get("do_not_specialize")
+        assert len(names) == 7 and set(names) <= set(free or ())
 
 
 def test_empty_inputs():

@@ -122,6 +122,8 @@ LISTS = {
     "blocks": lambda: Layout.from_block_mask(torch.rand(2, 2, 4) > 0.5, (32, 16), n=60, m=64),
     "blocks of each row": lambda: Layout.from_block_mask(torch.rand(2, 1, 3, 4) > 0.5, (32, 32), n=90, m=128),
     "bitmaps": lambda: Layout.from_predicate(lambda i, j: (i * 7 + j * 3) % 5 < 2, 70, 80, (32, 64)),
+    "bitmaps of half a word": lambda: Layout.from_predicate(lambda i, j: (i * 7 + j * 3) % 5 < 2, 70, 80, 16),
+    "bitmaps of a word and a half": lambda: Layout.from_predicate(lambda i, j: (i * 7 + j * 3) % 5 < 2, 70, 80, (16, 48)),
     "within a rule": lambda: Layout.from_block_mask(torch.rand(5, 5) > 0.3, 16, n=70, m=75, rule=Window(25, 2)),
     "runs": lambda: Layout.from_runs(*RUNS, 70, n=70, block=(32, 16)),
 }

@@ -136,6 +136,12 @@ def test_lists(name):
     both_ways(layout, batch=2)
 
 
+@pytest.mark.parametrize("name", ["bitmaps of half a word", "runs"])
+def test_lists_that_rows_share_at_positions_of_their_own(name):
+    layout = LISTS[name]() & Layout.causal(70, LISTS[name]().m)
+    both_ways(layout, batch=2, given={"q_pos": torch.arange(70, device=DEVICE) + torch.tensor([[0], [5]], device=DEVICE)})
+
+
 def test_lists_chosen_on_the_device():
     """Whole and partial blocks are told apart without reading them; a list that repeats nothing and a block of queries without keys."""
     index = torch.stack([torch.randperm(5)[:3] for _ in range(3)])[None, None]

@@ -358,6 +358,29 @@ def test_visits_of_lists():
     check_visits(layout, tiles, *(by_call(layout, tiles, None, None, None, torch.device("cpu"), by_key) for by_key in (False, True)))
 
 
+@pytest.mark.parametrize("made", ["packed", "positions", "lists"])
+def test_visits_of_a_call_are_found_on_its_device(made):
+    """No tensor is copied from the host, which would wait for the device."""
+    meta, copies = torch.device("meta"), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            copies.extend(
+                str(func) for x in (found if isinstance(found, list | tuple) else [found]) if isinstance(x, Tensor) and x.device != meta
+            )
+            return found
+
+    layout, pos = Layout.window(70, 19, 3), torch.zeros(2, 70, dtype=torch.int32, device=meta)
+    if made == "lists":
+        index = torch.zeros(1, 2, 5, 3, dtype=torch.int32, device=meta)
+        layout = Layout(70, 70, Causal(), 16, 16, index, index[..., 0], dynamic=True)
+    given = (pos[:1], pos[:1], pos[0]) if made == "packed" else (pos, None, None) if made == "positions" else (None, None, None)
+    with Watch():
+        lists = by_call(layout, Tiling(16, 16), *given, meta, False)
+    assert lists.offsets.device == meta and copies == []
+
+
 def test_a_neighbourhood_visits_fewer_tiles_in_boxes_than_in_lines():
     rule, n, device = Layout.neighborhood((128, 128), 13).inner, 128 * 128, torch.device("cpu")
     boxes, lines = tiling(rule, 128, 64, True), tiling(rule, 128, 64, False)

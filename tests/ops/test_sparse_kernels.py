@@ -211,6 +211,13 @@ def test_positions(name):
     both_ways(RULES[name](40, 75), batch=2, given={"q_pos": torch.arange(40, device=DEVICE) + start, "k_pos": k_pos})
 
 
+@pytest.mark.parametrize("name", ["plane", "stride and dilation", "joined with another kind", "image among text"])
+def test_queries_before_the_first_position(name):
+    """Quotients of negative positions are rounded down, as the definition does."""
+    layout = GRIDS[name]()
+    both_ways(layout, given={"q_pos": torch.arange(layout.n, device=DEVICE) - 14})
+
+
 @pytest.mark.parametrize("sorted_pairs", [True, False])
 def test_positions_however_the_visits_are_found(sorted_pairs, monkeypatch):
     monkeypatch.setattr("subquad.ops.sparse.visits.SORTED", 1 << 24 if sorted_pairs else 0)

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from bounds import check_bounds
 
+from subquad.ops.launcher import Launcher
 from subquad.ops.sparse import Layout, RelativeBias, fused, launch, sparse_attention, sparse_attention_reference
 from subquad.ops.sparse.codes import decode, encode
 from subquad.ops.sparse.compiled import triton_rule
@@ -120,6 +122,8 @@ LISTS = {
     "blocks": lambda: Layout.from_block_mask(torch.rand(2, 2, 4) > 0.5, (32, 16), n=60, m=64),
     "blocks of each row": lambda: Layout.from_block_mask(torch.rand(2, 1, 3, 4) > 0.5, (32, 32), n=90, m=128),
     "bitmaps": lambda: Layout.from_predicate(lambda i, j: (i * 7 + j * 3) % 5 < 2, 70, 80, (32, 64)),
+    "bitmaps of half a word": lambda: Layout.from_predicate(lambda i, j: (i * 7 + j * 3) % 5 < 2, 70, 80, 16),
+    "bitmaps of a word and a half": lambda: Layout.from_predicate(lambda i, j: (i * 7 + j * 3) % 5 < 2, 70, 80, (16, 48)),
     "within a rule": lambda: Layout.from_block_mask(torch.rand(5, 5) > 0.3, 16, n=70, m=75, rule=Window(25, 2)),
     "runs": lambda: Layout.from_runs(*RUNS, 70, n=70, block=(32, 16)),
 }
@@ -130,6 +134,12 @@ RUNS = torch.tensor([[[[3, 40], [0, 0], [9, 9]]]]), torch.tensor([[[[20, 60], [7
 def test_lists(name):
     layout = LISTS[name]()
     both_ways(layout, batch=2)
+
+
+@pytest.mark.parametrize("name", ["bitmaps of half a word", "runs"])
+def test_lists_that_rows_share_at_positions_of_their_own(name):
+    layout = LISTS[name]() & Layout.causal(70, LISTS[name]().m)
+    both_ways(layout, batch=2, given={"q_pos": torch.arange(70, device=DEVICE) + torch.tensor([[0], [5]], device=DEVICE)})
 
 
 def test_lists_chosen_on_the_device():
@@ -219,6 +229,13 @@ def test_positions(name):
     both_ways(RULES[name](40, 75), batch=2, given={"q_pos": torch.arange(40, device=DEVICE) + start, "k_pos": k_pos})
 
 
+@pytest.mark.parametrize("name", ["plane", "stride and dilation", "joined with another kind", "image among text"])
+def test_queries_before_the_first_position(name):
+    """Quotients of negative positions are rounded down, as the definition does."""
+    layout = GRIDS[name]()
+    both_ways(layout, given={"q_pos": torch.arange(layout.n, device=DEVICE) - 14})
+
+
 @pytest.mark.parametrize("sorted_pairs", [True, False])
 def test_positions_however_the_visits_are_found(sorted_pairs, monkeypatch):
     monkeypatch.setattr("subquad.ops.sparse.visits.SORTED", 1 << 24 if sorted_pairs else 0)
@@ -270,6 +287,18 @@ def test_half_precision_is_as_good_as_its_inputs(dtype):
     assert o.dtype == dtype and (o.double() - want).abs().max() <= digits * want.abs().max()
     for found, exact in zip(torch.autograd.grad(o.double().sin().sum(), x), torch.autograd.grad(want.sin().sum(), wide)):
         assert found.dtype == dtype and (found.double() - exact).norm() <= 3 * digits * exact.norm()
+
+
+def test_no_size_is_compiled_into_a_kernel(monkeypatch):
+    """Kernels are remembered by all that Triton specialises on, and so it must not specialise on the numbers that follow the strides."""
+    calls, call = [], Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *given: (calls.append((self.kernel, given)), call(self, *given))[1])
+    both_ways(Layout.window(40, 15, 2))
+    assert len(calls) == 3
+    for kernel, (_, tensors, strides, plain) in calls:
+        names = kernel.arg_names[len(tensors) + len(strides) :][: len(plain)]
+        free = getattr(kernel, "do_not_specialize", None) or getattr(kernel, "kwargs", {}).get("do_not_specialize")
+        assert len(names) == 7 and set(names) <= set(free or ())
 
 
 def test_empty_inputs():
@@ -352,6 +381,29 @@ def test_visits_of_lists():
     layout = Layout.from_predicate(lambda i, j: (i // 20 + j // 30) % 2 == 0, 70, 120, (32, 64))
     tiles = Tiling(16, 32)
     check_visits(layout, tiles, *(by_call(layout, tiles, None, None, None, torch.device("cpu"), by_key) for by_key in (False, True)))
+
+
+@pytest.mark.parametrize("made", ["packed", "positions", "lists"])
+def test_visits_of_a_call_are_found_on_its_device(made):
+    """No tensor is copied from the host, which would wait for the device."""
+    meta, copies = torch.device("meta"), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            copies.extend(
+                str(func) for x in (found if isinstance(found, list | tuple) else [found]) if isinstance(x, Tensor) and x.device != meta
+            )
+            return found
+
+    layout, pos = Layout.window(70, 19, 3), torch.zeros(2, 70, dtype=torch.int32, device=meta)
+    if made == "lists":
+        index = torch.zeros(1, 2, 5, 3, dtype=torch.int32, device=meta)
+        layout = Layout(70, 70, Causal(), 16, 16, index, index[..., 0], dynamic=True)
+    given = (pos[:1], pos[:1], pos[0]) if made == "packed" else (pos, None, None) if made == "positions" else (None, None, None)
+    with Watch():
+        lists = by_call(layout, Tiling(16, 16), *given, meta, False)
+    assert lists.offsets.device == meta and copies == []
 
 
 def test_a_neighbourhood_visits_fewer_tiles_in_boxes_than_in_lines():

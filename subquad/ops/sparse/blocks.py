@@ -107,9 +107,9 @@ def seen_pairs(
     if bits is not None:
         words: tl.constexpr = (BLOCK_K + 31) // 32
         of_block = bits + tl.maximum(number, 0).to(tl.int64) * (BLOCK_Q * words)
-        at = q_token % BLOCK_Q * words + k_token % BLOCK_K // 32
-        word = tl.load(of_block + at, mask=seen & (number >= 0), other=-1)
-        seen = seen & ((word >> (k_token % 32) & 1) != 0)
+        of_key = k_token % BLOCK_K
+        word = tl.load(of_block + q_token % BLOCK_Q * words + of_key // 32, mask=seen & (number >= 0), other=-1)
+        seen = seen & ((word >> (of_key % 32) & 1) != 0)
     if starts is not None:
         inside = k_token < 0
         for r in range(RUNS):

@@ -21,17 +21,25 @@ NAMES = ("q0", "q1", "q2", "k0", "k1", "k2")
 
 
 class _Traced:
-    """A value whose operations are written down."""
+    """A value whose operations are written down; what is `signed` may be negative, where Triton rounds quotients to zero."""
 
-    def __init__(self, lines: dict[str, str], name: str) -> None:
-        self.lines, self.name = lines, name
+    def __init__(self, lines: dict[str, str], name: str, signed: bool = False) -> None:
+        self.lines, self.name, self.signed = lines, name, signed
 
     def _write(self, operation: str, left: Any, right: Any) -> _Traced:
         if isinstance(left, _Traced) and (operation + str(right)) in ("//1", "*1", "+0", "-0"):
             return left
+        signed = any(isinstance(x, _Traced) and x.signed for x in (left, right))
+        if signed and operation == "//":  # rounded down, as Python does
+            left = left - left % right
+        elif signed and operation == "%":
+            left = self._line("%", left, right, signed) + right
+        return self._line(operation, left, right, signed)
+
+    def _line(self, operation: str, left: Any, right: Any, signed: bool) -> _Traced:
         a, b = (x.name if isinstance(x, _Traced) else repr(int(x)) for x in (left, right))
         name = self.lines.setdefault(f"{a} {operation} {b}", f"t{len(self.lines)}")
-        return _Traced(self.lines, name)
+        return _Traced(self.lines, name, signed)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -56,7 +64,8 @@ for _name, _operation in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=
 def source(rule: Rule, name: str, *, on_grid: bool) -> str:
     """The source of ``name(q0, q1, q2, k0, k1, k2)``: of positions q0 and k0, or of coordinates (the last ones, on a plane)."""
     lines: dict[str, str] = {}
-    q0, q1, q2, k0, k1, k2 = (_Traced(lines, x) for x in NAMES)
+    # positions of queries are given ones at times; keys below 0 are hidden, and coordinates on a grid begin at 0
+    q0, q1, q2, k0, k1, k2 = (_Traced(lines, x, x == "q0" and not on_grid) for x in NAMES)
     if on_grid:
         axes = len(grid_of(rule) or ())
         found = rule.seen([q0, q1, q2][3 - axes :], [k0, k1, k2][3 - axes :])  # type: ignore[attr-defined]

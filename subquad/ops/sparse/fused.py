@@ -71,9 +71,11 @@ def _read(
         restarted = (i - cu.to(i)[sequence])[None]
         q_pos, k_pos = restarted if q_pos is None else q_pos, restarted if k_pos is None else k_pos
         sequence = sequence.int()
+    rows = max(x.shape[0] for x in (starts, q_pos, k_pos) if x is not None) if starts is not None else 1
+    starts, stops = (x if x is None else x.expand(rows, -1, -1, -1) for x in (starts, stops))  # lists are told apart where positions are
     starts, stops, q_pos, k_pos = (None if t is None else t.contiguous() for t in (starts, stops, q_pos, k_pos))
-    rows = by_rows(q), by_rows(k), by_rows(v)
-    x = Inputs(*rows, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table, q_factor, k_factor)
+    given = by_rows(q), by_rows(k), by_rows(v)
+    x = Inputs(*given, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table, q_factor, k_factor)
     held = index is not None
     return x, layout, How(layout.inner, block_q if held else 0, block_k if held else 0, scale, softcap)
 

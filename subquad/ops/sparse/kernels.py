@@ -25,9 +25,10 @@ from subquad.ops.sparse.blocks import inside_of, origin, place_of, positions, ro
 from subquad.ops.triton_blocks import LOG2E
 
 INF = tl.constexpr(float("inf"))
+PER_CALL = ("n", "m", "tiles", "blocks", "entries", "row_tiles", "scale")  # one compiled kernel serves all sizes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def query_kernel(
     q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table,
     q_factor, k_factor, o_at, lse_at, top_at, arg_at, do_at, d_lse, d_top, log_at, delta_at, top_rows, arg_rows, dq_at, d_slope, d_factor,
@@ -43,9 +44,9 @@ def query_kernel(
     """o ``[B, N, H, V]``, lse and max ``[B, N, H]``; or (GRAD) q̇, what falls to slopes and factors, and lse and δ in the order
     of `key_kernel`'s tiles of queries ``[B, H, row_tiles · S]``. Program: a tile of M queries, a head, a batch row."""
     pid = tl.program_id(0)
-    h = pid // tiles % H
+    h = (pid // tiles % H).to(tl.int64)  # a head may be N · D elements from the next
     b = (pid // (tiles * H)).to(tl.int64)
-    which = (h // (H // LISTS)).to(tl.int64)
+    which = h // (H // LISTS)
     if ROWS:
         which += b * LISTS
     tile = tl.load(order + which * tiles + pid % tiles)
@@ -161,7 +162,7 @@ def query_kernel(
             tl.store(arg_at + at, arg, mask=q_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def key_kernel(
     q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table,
     q_factor, k_factor, log_at, delta_at, top_rows, arg_rows, do_at, dk_at, dv_at, d_bias, d_factor,
@@ -176,10 +177,10 @@ def key_kernel(
     """k̇ ``[B, M, HS, D]``, v̇ ``[B, M, HS, V]``, and what falls to the bias of keys and to their factors, for each head. Program:
     a tile of N keys, one of HS heads with all heads of queries that read it, a batch row. Tiles are ``[keys, queries]``."""
     pid = tl.program_id(0)
-    hs = pid // tiles % HS
+    hs = (pid // tiles % HS).to(tl.int64)
     b = (pid // (tiles * HS)).to(tl.int64)
     group: tl.constexpr = H // HS
-    which = (hs * group // (H // LISTS)).to(tl.int64)  # the lists of a group agree, or HS is H
+    which = hs * group // (H // LISTS)  # the lists of a group agree, or HS is H
     if ROWS:
         which += b * LISTS
     tile = tl.load(order + which * tiles + pid % tiles)

@@ -132,7 +132,7 @@ def by_rule(rule: Rule, n: int, m: int, tiles: Tiling, device: torch.device, by_
 def _on_line(rule: Rule, n: int, m: int, tiles: Tiling, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     q_tiles, k_tiles = tiles.counts(n, m)
     shift = m - n
-    q, k = (x.to(device) for x in _all_pairs(cdiv(q_tiles, COARSE), cdiv(k_tiles, COARSE)))
+    q, k = _all_pairs(cdiv(q_tiles, COARSE), cdiv(k_tiles, COARSE), device)
     for wide in (COARSE, 1):
         if wide == 1:
             near = torch.arange(COARSE, device=device)
@@ -151,8 +151,8 @@ def _on_line(rule: Rule, n: int, m: int, tiles: Tiling, device: torch.device) ->
     return q, k, ~whole
 
 
-def _all_pairs(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    pair = torch.arange(rows * columns)
+def _all_pairs(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    pair = torch.arange(rows * columns, device=device)
     return pair // max(columns, 1), pair % max(columns, 1)
 
 
@@ -249,7 +249,7 @@ def by_call(
     k = ranges(k_pos, sequence, layout.m, 0, tiles.k, device, keys=True)
     rows = max(q.low.shape[0], k.low.shape[0])
     if layout.index is None:
-        tq, tk = (x.to(device).expand(rows, -1) for x in _all_pairs(*counts))
+        tq, tk = (x.expand(rows, -1) for x in _all_pairs(*counts, device))
         kept, partial = _decide(layout.inner, q, k, tq, tk)
         if rows == 1 and kept.numel() > SORTED:  # a synchronisation, rather than a sort of what is mostly nothing
             tq, tk, partial, kept = tq[:, kept[0]], tk[:, kept[0]], partial[:, kept[0]], kept[:, kept[0]]

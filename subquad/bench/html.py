@@ -114,6 +114,32 @@ def report_page(report: Report) -> str:
     return page(f"subquad: {model}", body)
 
 
+def frontier(report: Report, number: dict[str, int]) -> str:
+    """What a user chooses from: quality of every row against what it keeps and how fast it decodes, the best row of each mechanism."""
+    best: dict[str, Row] = {}
+    for row in report.rows:
+        known = best.get(row.mechanism)
+        if row.ppl is not None and (known is None or known.ppl is None or row.ppl < known.ppl):
+            best[row.mechanism] = row
+    drawn = ""
+    perplexity = Axis("perplexity, lower is better", log=2, text=lambda v: f"{v:g}")
+    share = Axis("recall", zero=True, text=lambda v: f"{100 * v:g} %")
+    size = Axis("bytes kept per sequence at 65,536 tokens, fewer is better", log=4, text=bytes_text)
+    time = Axis("ms per generated token", zero=True, text=lambda v: f"{v:g} ms")
+    for title, of, y, against, x in (
+        ("Perplexity against bytes kept", "ppl", perplexity, "bytes_64k", size),
+        ("Recall against bytes kept", "recall", share, "bytes_64k", size),
+        ("Perplexity against decode time", "ppl", perplexity, "decode_ms", time),
+    ):
+        points = [(row, getattr(row, against), getattr(row, of)) for row in best.values()]
+        series = [Series(row.name, [(a, b)], number[row.mechanism]) for row, a, b in points if a and b is not None]
+        if len(series) > 1:
+            side = "above" if of == "recall" else "below"
+            caption = f"The best row of each mechanism. Those with none {side} and to the left of them are the ones to choose from."
+            drawn += figure(title, lines(title, series, x, y), caption, [(one.name, one.color) for one in series])
+    return drawn
+
+
 def report_figures(report: Report) -> str:
     """Every plot that the report has numbers for."""
     first: dict[str, Row] = {}
@@ -152,7 +178,7 @@ def report_figures(report: Report) -> str:
         if row.ppl is not None and row.ppl < 1e30
     ]
     seconds = Axis("seconds", log=2, text=lambda v: f"{v:g} s")
-    return (
+    return frontier(report, number) + (
         figure(
             "Memory against context length",
             lines("Bytes kept per sequence against context length", kept, CONTEXT, Axis("bytes", log=4, text=bytes_text)),

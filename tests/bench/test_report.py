@@ -110,9 +110,28 @@ def test_pages_are_whole_and_self_contained(page):
 def test_the_page_escapes_what_others_wrote_and_draws_every_plot():
     page = report_page(four_rows())
     assert "Call me <b>" not in page and "Call me &lt;b&gt;Ishmael" in page and "tiny &amp; small" in page
-    assert len(re.findall("<svg", page)) == 5  # memory, perplexity, prefill, decode, losses
+    assert len(re.findall("<svg", page)) == 6  # perplexity against bytes, memory, perplexity, prefill, decode, losses
     for svg in re.findall(r"<svg.*?</svg>", page):
         ElementTree.fromstring(svg)
+
+
+def test_the_frontier_shows_each_mechanism_once_at_its_best():
+    report = four_rows()
+    for row, recall, ms in zip(report.rows, (0.9, 0.1, 0.0, 0.5), (4.0, 2.0, 3.0, 3.0)):
+        row.recall, row.decode_ms = recall, ms
+    page = report_page(report)
+    found = [re.findall(r"<title>([^<]+)</title>", svg) for svg in re.findall(r"<svg.*?</svg>", page)][:3]
+    assert [titles[0] for titles in found] == [
+        "Perplexity against bytes kept",
+        "Recall against bytes kept",
+        "Perplexity against decode time",
+    ]
+    assert found[1][1:] == [
+        "softmax (original): 1000 B, 90 %",
+        "sliding-window:window=64: 1000 B, 10 %",
+        "lolcats, 80 steps: 1000 B, 50 %",
+    ]
+    assert found[2][3] == "lolcats, 80 steps: 3 ms, 33.1155"
 
 
 def test_lines_stand_where_their_numbers_are():

@@ -218,7 +218,12 @@ def swap(
         list[str] | None, typer.Option(help="A published conversion (see subquad recipes), or a .toml file; repeat for several.")
     ] = None,
     sweep: Annotated[list[str] | None, typer.Option(help="Settings of an option, each a row: window=64,128,256; repeat to cross.")] = None,
-    layers: Annotated[str, typer.Option(help="all, a ratio (3:1: three swapped, one kept), or indices (0,2,4-7,-1).")] = "all",
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="all, a ratio (3:1: three swapped, one kept), indices (0,2,4-7,-1), or auto:8 (all but the 8 that cost most to replace)."
+        ),
+    ] = "all",
     distill: Annotated[
         int | None, typer.Option(min=0, help="Steps of attention transfer for what has new parameters (default: a recipe's own; else 0).")
     ] = None,

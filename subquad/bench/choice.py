@@ -123,9 +123,10 @@ def _value(text: str) -> Any:
 
 
 def parse_layers(text: str) -> str | list[int]:
-    """``all``, a ratio ``3:1``, or indices and ranges ``0,2,4-7``, where ``-1`` is the last layer."""
+    """``all``, a ratio ``3:1``, ``auto:8`` (all but the 8 that matter most), or indices and ranges ``0,2,4-7``, where ``-1`` is
+    the last layer."""
     text = text.strip()
-    if text == "all" or re.fullmatch(r"\d+:\d+", text):
+    if text == "all" or re.fullmatch(r"(auto|\d+):\d+", text):
         return text
     indices: list[int] = []
     for part in text.split(","):
@@ -133,7 +134,7 @@ def parse_layers(text: str) -> str | list[int]:
         first = int(match[1]) if match else 0
         last = int(match[2] or first) if match else -1
         if match is None or last < first or (first < 0 and match[2]):
-            raise InputError("--layers", repr(text), "all, a ratio such as 3:1, or indices such as 0,2,4-7 or -1")
+            raise InputError("--layers", repr(text), "all, a ratio such as 3:1, auto:K, or indices such as 0,2,4-7 or -1")
         indices += range(first, last + 1)
     return sorted(set(indices))
 

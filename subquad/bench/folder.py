@@ -94,7 +94,7 @@ class Folder:
         if self.path is not None:
             with writing("--out", self.path):
                 report.save(self.path)
-            for scratch in ("rows", "checkpoints"):
+            for scratch in ("rows", "checkpoints", "layers"):
                 shutil.rmtree(self.path / scratch, ignore_errors=True)
 
 

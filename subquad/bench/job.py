@@ -171,6 +171,9 @@ class _Words:
             )
         else:
             notes.append("recall was not measured.")
+        for label, layers in self.run.kept_layers.items():
+            kept = ", ".join(map(str, layers)) or "none"
+            notes.append(f"{label} keeps the layers whose replacement alone costs most on text from before the held-out end: {kept}.")
         return notes + self._teaching()
 
     def _texts(self) -> str:

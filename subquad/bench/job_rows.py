@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ORIGINAL = "softmax (original)"
 SELF = "self"  # as a text: what the model writes itself
 _PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 120
+_COMPARED = 4  # windows that layers are compared on
 
 
 class JobRun:
@@ -33,6 +34,7 @@ class JobRun:
     def __init__(self, job: Job, subjects: list[Subject], folder: Folder, device: str, progress: bool) -> None:
         self.job, self.subjects, self.folder, self.device, self.progress = job, subjects, folder, device, progress
         self.done: list[Row] = []
+        self.kept_layers: dict[str, list[int]] = {}  # by subject, where they were chosen
 
     def load(self, text: str) -> None:
         from subquad.models.load import load_model
@@ -52,6 +54,9 @@ class JobRun:
             what = f"{job.windows} held-out windows of {job.window}" + (f" and one batch of {batch}" if batch else "")
             raise InputError("text", f"{tokens.numel()} tokens", f"at least {needed} tokens: {what}")
         self.train, self.held = split(tokens, job.held_out) if tokens.numel() > job.held_out else (tokens[:0], tokens)
+        self.before = self.train  # whoever writes what is taught
+        if job.layers.strip().startswith("auto") and self.before.numel() < 2:
+            raise InputError("text", f"{tokens.numel()} tokens", "text before the held-out end, to compare layers on")
 
     def write(self) -> None:
         """With `--text self`: have the model write what it is taught with."""
@@ -64,11 +69,29 @@ class JobRun:
                 self.model, self.job.self_tokens, length=length, seed=self.job.seed, progress=self.progress
             )  # fmt: skip
 
-    def swap(self, choice: Choice) -> None:
+    def swap(self, choice: Choice, layers: Any) -> None:
         from subquad.convert.swap import swap
 
         torch.manual_seed(self.job.seed)  # new parameters are the same in every run
-        swap(self.model, choice.name, layers=parse_layers(self.job.layers), **choice.options)
+        swap(self.model, choice.name, layers=layers, **choice.options)
+
+    def layers(self, one: Subject) -> Any:
+        """The layers that a subject is put into; those of "auto:K" are measured on text from before the held-out end."""
+        from subquad.convert.sensitivity import auto_keep, choose_layers
+
+        wanted, job = parse_layers(self.job.layers), self.job
+        keep = auto_keep(wanted)
+        if keep is None:
+            return wanted
+        self._say(f"comparing the layers for {one.label}")
+        text = self.before[-_COMPARED * job.window :]
+        batches = [{"input_ids": ids[None]} for ids in text.split(job.window) if ids.numel() > 1]
+        cache = None if self.folder.path is None else self.folder.path / "layers" / f"{one.folder}.json"
+        chosen = choose_layers(
+            self.model, batches, one.choice.name, keep, one.choice.options, seed=job.seed, cache=cache, progress=self.progress
+        )  # fmt: skip
+        self.kept_layers[one.label] = sorted(set(range(len(speed.attention_layers(self.model)))) - set(chosen))
+        return chosen
 
     def restore(self) -> None:
         from subquad.convert.swap import restore
@@ -79,9 +102,15 @@ class JobRun:
         """Put every mechanism in and take it out again, and look for what is to be tuned: what does not fit shows before anything
         is written."""
         from subquad.convert.lora import projections
+        from subquad.convert.sensitivity import auto_keep, check_keep
 
+        layers = parse_layers(self.job.layers)
+        keep = auto_keep(layers)
+        if keep is not None:
+            check_keep(self.model, keep)
+            layers = "all"
         for one in self.subjects:
-            self.swap(one.choice)
+            self.swap(one.choice, layers)
             self.restore()
             if one.finetune is not None:
                 projections(self.model, _targets(one))
@@ -98,6 +127,7 @@ class JobRun:
     def _series(self, one: Subject, place: str) -> None:
         """A subject's rows: swapped, after transfer if there is something to learn, after fine-tuning."""
         names = dict(zip(("swapped", *_stages(one)), one.rows()))
+        layers = self.layers(one)
         kept = {stage: self.folder.load(name) for stage, name in names.items()}
         first = kept["swapped"]
         if first is not None and not first.new_params:
@@ -105,7 +135,7 @@ class JobRun:
         if all(kept[stage] is not None for stage in names):
             self.done += [row for stage in names if (row := kept[stage]) is not None]
             return
-        self.swap(one.choice)
+        self.swap(one.choice, layers)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._weights_kept(one))
             stack.callback(self.restore)

@@ -3,7 +3,7 @@
 subquad/convert/recipes/NAME.toml
     title, paper, summary, needs = [words, …], cost
     [mechanism]   name, and its options
-    [transfer]    steps, lr, batch, length                   (of `distill`; left out where there is nothing to transfer)
+    [transfer]    steps, lr, batch, length, objective        (of `distill`; left out where there is nothing to transfer)
     [finetune]    steps, lr, rank, targets, loss, …          (of `finetune`)
 """
 
@@ -21,19 +21,22 @@ from typing import Any
 from subquad import contract
 from subquad.checks import InputError, nearest
 from subquad.convert.distill import DistillResult, distill
+from subquad.convert.feed import Feed
 from subquad.convert.finetune import FinetuneResult, finetune
 from subquad.convert.lora import merge_lora
 from subquad.convert.run import check_counts, seeded
+from subquad.convert.sensitivity import auto_keep, choose_layers
 from subquad.convert.swap import restore, swap, swapped
 
 WORDS = ("title", "paper", "summary", "cost")
 STAGES: dict[str, tuple[str, ...]] = {
-    "transfer": ("steps", "lr", "batch", "length"),
+    "transfer": ("steps", "lr", "batch", "length", "objective"),
     "finetune": (
         "steps", "lr", "batch", "accumulate", "length", "targets", "rank", "alpha", "train_mechanism", "loss", "kl_weight", "schedule",
         "warmup", "max_grad_norm",
     ),
 }  # fmt: skip
+_COMPARED = 4  # batches that layers are compared on
 _CALLS: dict[str, Callable[..., Any]] = {"transfer": distill, "finetune": finetune}
 
 
@@ -201,7 +204,7 @@ def linearize(
     Args:
         recipe: a name (`subquad recipes` lists them), a .toml file, or a Recipe.
         data: as `distill` and `finetune` take them, for both stages.
-        layers: as `swap` takes them.
+        layers: as `swap` takes them, or "auto:K": all but the K whose replacement alone costs most on the first batches.
         steps: None for the recipe's own; an integer for both stages together, in the recipe's proportion; or
             {"transfer": …, "finetune": …}, 0 leaving a stage out.
         batch, length: instead of the recipe's.
@@ -213,6 +216,10 @@ def linearize(
         InputError: as `swap`, `distill` and `finetune`. The model's attention is then the original.
     """
     chosen = _chosen(recipe, steps, batch, length)
+    keep = auto_keep(layers)
+    if keep is not None:
+        feed, cache = _first_batches(data, chosen, seed), None if out is None else Path(out) / "layers.json"
+        layers = choose_layers(model, feed, chosen.mechanism, keep, chosen.options, seed=seed, cache=cache, progress=progress)
     with seeded(seed, -2):
         swap(model, chosen.mechanism, layers=layers, **chosen.options)
     result = LinearizeResult(chosen)
@@ -229,6 +236,13 @@ def linearize(
         restore(model)
         raise
     return result
+
+
+def _first_batches(data: Any, chosen: Recipe, seed: int) -> list[dict[str, Any]]:
+    """What layers are compared on."""
+    given = next(iter(chosen.stages.values()), {})
+    feed = Feed(data, _COMPARED, given.get("batch", 1), given.get("length", 512), seed)
+    return [feed[step] for step in range(_COMPARED)]
 
 
 def _chosen(given: str | Path | Recipe, steps: int | Mapping[str, int] | None, batch: int | None, length: int | None) -> Recipe:

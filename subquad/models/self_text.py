@@ -22,6 +22,7 @@ from torch import Tensor
 from subquad.checks import InputError
 from subquad.models.fingerprint import fingerprint
 from subquad.models.load import cache_folder
+from subquad.models.progress import tracked
 
 _CACHES = ("cache", "past_key_values")  # transformers names it so from 5.24 on, and so before
 
@@ -65,7 +66,7 @@ def self_text(
     was = model.training
     try:
         model.eval()
-        parts = [_part(model, folder, index, settings) for index in _shown(count, progress)]
+        parts = [_part(model, folder, index, settings) for index in tracked("sampling", range(count), progress)]
     finally:
         model.train(was)
     return torch.cat(parts).flatten()[:tokens].long()
@@ -78,14 +79,6 @@ def _first_token(model: Any) -> int:
         if isinstance(value, int):
             return value
     raise InputError("model", f"{type(model).__name__} without bos_token_id and eos_token_id", "a model that names one")
-
-
-def _shown(count: int, progress: bool) -> Any:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(range(count), "sampling", console=console, transient=True, disable=not (progress and console.is_terminal))
 
 
 def _part(model: Any, folder: Path, index: int, settings: dict[str, Any]) -> Tensor:

@@ -139,6 +139,24 @@ def test_a_recipe_may_leave_stages_out(job, tmp_path):
     ]
 
 
+def test_layers_that_cost_most_are_kept(job, tmp_path):
+    from dataclasses import replace
+
+    from subquad.convert.sensitivity import layer_costs
+
+    report = run_job(replace(job, recipes=(), finetune=None, tune_original=False, layers="auto:3"), tmp_path / "out")
+    model, tokenizer = load_model(job.model)
+    before, _ = split(encode(load_text(job.text), tokenizer), 192)
+    batches = [{"input_ids": ids[None]} for ids in before[-256:].split(64)]
+    costs = layer_costs(model, batches, WINDOW.name, WINDOW.options, progress=False)
+    kept = sorted(sorted(costs, key=costs.get)[1:])
+    assert report.rows[1].layers == "1 of 4"
+    assert any(note.endswith(f"held-out end: {', '.join(map(str, kept))}.") for note in report.notes)
+    with pytest.raises(InputError, match="layers: got auto:4; expected fewer"):
+        run_job(replace(job, layers="auto:4"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

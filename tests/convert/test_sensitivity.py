@@ -1,0 +1,88 @@
+"""Which layers to keep: costs are differences of the model's own loss, one layer at a time; they are kept and gone on with."""
+
+import copy
+import json
+
+import pytest
+import torch
+from convert.toy_mechanisms import tiny_llama
+
+from subquad import InputError
+from subquad.convert import sensitivity
+from subquad.convert.recipe import linearize
+from subquad.convert.sensitivity import auto_keep, choose_layers, layer_costs
+from subquad.convert.swap import swap, swapped
+
+WINDOW = ("sliding-window", {"window": 3, "sinks": 1})
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_llama(num_hidden_layers=4)
+
+
+@pytest.fixture
+def batches():
+    ids = torch.randint(97, (3, 2, 24), generator=torch.Generator().manual_seed(2))
+    return [{"input_ids": one} for one in ids]
+
+
+def loss(model, batches):
+    with torch.no_grad():
+        return sum(float(model(b["input_ids"], labels=b["input_ids"], use_cache=False).loss) for b in batches) / len(batches)
+
+
+def test_a_cost_is_what_one_layer_alone_adds(model, batches):
+    before = loss(model, batches)
+    expected = {i: loss(swap(copy.deepcopy(model), WINDOW[0], layers=[i], **WINDOW[1]), batches) - before for i in range(4)}
+    found = layer_costs(model, batches, *WINDOW, progress=False)
+    assert found == pytest.approx(expected, abs=1e-5) and max(map(abs, expected.values())) > 1e-3
+    assert not swapped(model) and loss(model, batches) == before
+    order = sorted(expected, key=expected.get)
+    assert choose_layers(model, batches, WINDOW[0], 1, WINDOW[1], progress=False) == sorted(order[:3])
+    assert choose_layers(model, batches, WINDOW[0], 3, WINDOW[1], progress=False) == order[:1]
+    assert choose_layers(model, batches, WINDOW[0], 0, WINDOW[1], progress=False) == [0, 1, 2, 3]
+
+
+def test_what_replaces_nothing_costs_nothing(model, batches):
+    assert layer_costs(model, batches, "sliding-window", {"window": 24, "sinks": 0}, progress=False) == pytest.approx(
+        dict.fromkeys(range(4), 0.0), abs=1e-5
+    )
+
+
+def test_measured_layers_are_kept(model, batches, tmp_path, monkeypatch):
+    expected = layer_costs(model, batches, *WINDOW, progress=False)
+    real, calls = sensitivity._nll, []
+
+    def stops(*args):
+        if len(calls) == 3:  # the original and two layers are done
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivity, "_nll", stops)
+        with pytest.raises(KeyboardInterrupt):
+            layer_costs(model, batches, *WINDOW, cache=tmp_path / "a" / "costs.json", progress=False)
+    assert not swapped(model)
+    assert list(json.loads((tmp_path / "a" / "costs.json").read_text())["costs"]) == ["0", "1"]
+    again = []
+    monkeypatch.setattr(sensitivity, "_nll", lambda *a: again.append(1) or real(*a))
+    for count, cache in ((3, "costs.json"), (3, "costs.json")):
+        assert layer_costs(model, batches, *WINDOW, cache=tmp_path / "a" / cache, progress=False) == expected and len(again) == count
+    other = layer_costs(model, batches, "sliding-window", {"window": 4, "sinks": 1}, cache=tmp_path / "a" / "costs.json", progress=False)
+    assert other != expected and len(again) == 8  # another setting is measured anew
+
+
+def test_linearize_keeps_the_layers_that_cost_most(model, batches, tmp_path):
+    tokens = torch.randint(97, (600,), generator=torch.Generator().manual_seed(5))
+    linearize(model, "sliding-window", tokens, layers="auto:3", steps=1, batch=1, length=128, out=tmp_path / "run", progress=False)
+    costs = {int(layer): cost for layer, cost in json.loads((tmp_path / "run" / "layers.json").read_text())["costs"].items()}
+    assert list(swapped(model)) == [min(costs, key=costs.get)] and len(costs) == 4
+
+
+def test_misuse_is_one_line(model, batches):
+    assert [auto_keep(x) for x in ("auto:3", "auto:0", "all", "3:1", [0], "auto:x")] == [3, 0, None, None, None, None]
+    with pytest.raises(InputError, match="layers: got auto:4; expected fewer layers to keep than the model has, 4"):
+        choose_layers(model, batches, WINDOW[0], 4, WINDOW[1], progress=False)

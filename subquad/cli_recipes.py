@@ -35,7 +35,7 @@ def recipes(
         typer.echo(json.dumps(facts if name is None else facts[0], indent=1, ensure_ascii=False))
     elif name is None:
         table = Table(header_style="bold")
-        for head in ("name", "stages", "tokens", "needs", "what it does"):
+        for head in ("name", "stages", "cost, tokens", "needs", "what it does"):
             table.add_column(head, no_wrap=head == "name", overflow="fold")
         for one in chosen:
             tokens = ", ".join(_millions(one.tokens(stage)) for stage in one.stages)

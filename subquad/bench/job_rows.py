@@ -16,7 +16,7 @@ from subquad.bench.choice import Choice, dtype_of, parse_layers
 from subquad.bench.folder import Folder
 from subquad.bench.model_card import model_card
 from subquad.bench.report import Row
-from subquad.bench.subjects import BATCH, Subject, stage_tokens
+from subquad.bench.subjects import BATCH, LENGTH, Subject, step_tokens
 from subquad.checks import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class JobRun:
         model, self.tokenizer = load_model(job.model, dtype_of(job.dtype))
         self.model = model.to(self.device).eval()
         tokens = encode(text, self.tokenizer)
-        batch = max((stage.get("batch", BATCH) * stage["length"] for one in self.subjects for stage in one.stages), default=0)
+        batch = max((step_tokens(stage) for one in self.subjects for stage in one.stages), default=0)
         if SELF in job.text:
             if job.self_tokens < batch:
                 raise InputError("--self-tokens", job.self_tokens, f"at least one batch, {batch} tokens")
@@ -64,7 +64,7 @@ class JobRun:
 
         if SELF in self.job.text and any(one.stages for one in self.subjects):
             self._say(f"sampling {self.job.self_tokens:,} tokens from the model")
-            length = max((stage["length"] for one in self.subjects for stage in one.stages), default=1)
+            length = max(stage.get("length", LENGTH) for one in self.subjects for stage in one.stages)
             self.train = self_text(
                 self.model, self.job.self_tokens, length=length, seed=self.job.seed, progress=self.progress
             )  # fmt: skip
@@ -287,5 +287,4 @@ def _stages(one: Subject) -> list[str]:
 
 def _size(stage: Any) -> str:
     """The shape of a step, in words."""
-    tokens = stage_tokens(stage) // stage["steps"]
-    return f"{tokens // stage['length']} × {stage['length']}"
+    return f"{stage.get('batch', BATCH) * stage.get('accumulate', 1)} × {stage.get('length', LENGTH)}"

@@ -83,8 +83,11 @@ def _steps(steps: int | None) -> dict[str, int]:
     return {} if steps is None else {"steps": steps}
 
 
+def step_tokens(stage: Mapping[str, Any]) -> int:
+    """Tokens of one batch of a stage."""
+    return stage.get("batch", BATCH) * stage.get("length", LENGTH)
+
+
 def stage_tokens(stage: Mapping[str, Any] | None) -> int:
     """Tokens of all steps of a stage."""
-    if stage is None:
-        return 0
-    return stage["steps"] * stage.get("batch", BATCH) * stage.get("length", LENGTH) * stage.get("accumulate", 1)
+    return 0 if stage is None else stage["steps"] * step_tokens(stage) * stage.get("accumulate", 1)

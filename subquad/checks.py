@@ -78,6 +78,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, longer_keys: bool = False) -> 
     return heads
 
 
+def check_beside(name: str, x: object, q: Tensor) -> None:
+    """A tensor on the device of q."""
+    if not isinstance(x, Tensor):
+        raise InputError(name, type(x).__name__, "a tensor")
+    if x.device != q.device:
+        raise InputError(name, shape_of(x), f"the device of q, {q.device}")
+
+
 def check_tensor(name: str, x: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
     """Check that an optional tensor has one exact shape and lives beside `like`."""
     if x is None:

@@ -256,6 +256,7 @@ def test_plots(make):
         ("index", lambda: Layout.from_indices(torch.zeros(4, 3, dtype=torch.long))),
         ("index", lambda: Layout.from_blocks(torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 4), 16)),
         ("counts", lambda: Layout.from_blocks(torch.zeros(1, 1, 4, 3, dtype=torch.int32), torch.zeros(1, 1, 3), 16)),
+        ("counts", lambda: Layout.from_blocks(torch.zeros(1, 1, 4, 3, dtype=torch.int32), torch.zeros(1, 1, 4), 16)),
         ("n", lambda: Layout.from_indices(torch.zeros(1, 1, 4, 3, dtype=torch.int32), n=9, block=2)),
         ("stops", lambda: Layout.from_runs(torch.zeros(1, 1, 4, 3, dtype=torch.int32), torch.zeros(1, 1, 4, 2, dtype=torch.int32))),
         ("capacity", lambda: Layout.from_runs(*[torch.zeros(1, 1, 4, 3, dtype=torch.int32)] * 2, capacity=-1)),

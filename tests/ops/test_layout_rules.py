@@ -275,6 +275,7 @@ def test_static_layouts_of_a_million_tokens_hold_nothing():
         ("dilation", lambda: Layout.neighborhood(9, 3, dilation=0)),
         ("causal", lambda: Layout.neighborhood((9, 9), 3, causal=(True,))),
         ("radius", lambda: Layout.circle((9, 9), 0)),
+        ("radius", lambda: Layout.circle((9, 9), float("inf"))),
         ("stride", lambda: Layout.strided(9, 0)),
         ("block", lambda: Layout.power(9, block=0)),
         ("left", lambda: Layout.band(9, -1, 2)),

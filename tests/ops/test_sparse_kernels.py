@@ -19,6 +19,7 @@ from subquad.ops.launcher import Launcher
 from subquad.ops.sparse import Layout, RelativeBias, fused, launch, sparse_attention, sparse_attention_reference
 from subquad.ops.sparse.codes import decode, encode
 from subquad.ops.sparse.compiled import triton_rule
+from subquad.ops.sparse.grids import Neighborhood
 from subquad.ops.sparse.launch import Tile
 from subquad.ops.sparse.patterns import Intersection, Union, join
 from subquad.ops.sparse.rules import EVERYTHING, Causal, Window
@@ -375,6 +376,27 @@ def test_visits_of_many_tiles(seed):
     mask = torch.zeros(q * tiles.q, k * tiles.k, dtype=torch.bool)
     mask[:n, :m] = layout.to_mask()
     assert torch.equal(visited, mask.unflatten(1, (k, -1)).unflatten(0, (q, -1)).any(-1).any(1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_visits_of_many_boxes(seed):
+    draw = random.Random(seed)
+    grid = (draw.randint(20, 40), draw.randint(20, 40)) if seed % 2 else (draw.randint(6, 9), draw.randint(6, 12), draw.randint(6, 12))
+    layout = Layout.circle(grid, draw.uniform(1, 8)) if seed % 4 < 2 else Layout.neighborhood(grid, draw.randint(1, 6))
+    tiles = tiling(layout.inner, 4, 2, True)
+    visited = pairs(by_rule(layout.inner, layout.n, layout.m, tiles, torch.device("cpu"), False), tiles.counts(layout.n, layout.m)[0])
+    i, j = layout.to_mask().nonzero(as_tuple=True)
+    seen = torch.stack([_tile_of(tiles, layout.n, "q")[i], _tile_of(tiles, layout.m, "k")[j]], 1).unique(dim=0)
+    assert set(visited) == set(map(tuple, seen.tolist()))
+
+
+def test_visits_on_a_grid_are_found_from_coarse_to_fine(monkeypatch):
+    looked, touches = [], Neighborhood.touches_box
+    monkeypatch.setattr(Neighborhood, "touches_box", lambda self, q, k: (looked.append(q[0][0].numel()), touches(self, q, k))[1])
+    rule = Layout.neighborhood((256, 256), 13).inner
+    tiles = tiling(rule, 128, 64, True)
+    by_rule(rule, 1 << 16, 1 << 16, tiles, torch.device("cpu"), False)
+    assert sum(looked) <= 512 * 1024 / 4
 
 
 def test_visits_of_lists():

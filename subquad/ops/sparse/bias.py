@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from subquad.checks import InputError, shape_of
+from subquad.checks import InputError, check_beside, shape_of
 
 if TYPE_CHECKING:
     from subquad.ops.sparse.tiles import Tile
@@ -108,6 +108,10 @@ def per_unit(x: Tensor, batch: int, groups: int, heads: int) -> Tensor:
 def check_bias(bias: Bias | None, key_bias: Tensor | None, q: Tensor, k: Tensor, heads: int, softcap: float | None) -> None:
     """One line for a bias whose form or shape does not fit."""
     batch, n, m = q.shape[0], q.shape[1], k.shape[1]
+    parts = bias if isinstance(bias, tuple) else (bias.table if isinstance(bias, RelativeBias) else bias,)
+    given = [("bias", part) for part in parts if isinstance(part, Tensor)]
+    for name, x in given if key_bias is None else [("key_bias", key_bias), *given]:
+        check_beside(name, x, q)
     if key_bias is not None and tuple(key_bias.shape) not in [(b, h, m) for b in (1, batch) for h in (1, heads)]:
         raise InputError("key_bias", shape_of(key_bias), f"[B, H, M] = {[batch, heads, m]} (B and H may be 1)")
     if isinstance(bias, Tensor):

@@ -80,9 +80,10 @@ class ByList(Fields):
             m: keys (default: n).
         """
         check_lists("index", index)
-        if not isinstance(counts, Tensor) or counts.shape != index.shape[:3] or counts.device != index.device:
+        fits = isinstance(counts, Tensor) and counts.shape == index.shape[:3] and counts.device == index.device
+        if not fits or counts.is_floating_point() or counts.dtype == torch.bool:
             was = shape_of(counts) if isinstance(counts, Tensor) else type(counts).__name__
-            raise InputError("counts", was, f"{list(index.shape[:3])} on {index.device}")
+            raise InputError("counts", was, f"integers {list(index.shape[:3])} on {index.device}")
         block_q, block_k = sides_of(block)
         n = cut_short("n", n, index.shape[2], block_q)
         m = n if m is None else m

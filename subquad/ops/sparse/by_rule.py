@@ -110,7 +110,7 @@ class ByRule(Fields):
         `text_tokens` more stand before the grid's tokens, or behind them: they see all and are seen by all.
         """
         sides = _axes("grid", grid, 0)
-        if isinstance(radius, bool) or not isinstance(radius, int | float) or not radius > 0:
+        if isinstance(radius, bool) or not isinstance(radius, int | float) or not 0 < radius < math.inf:
             raise InputError("radius", repr(radius), "a positive number")
         check_int("text_tokens", text_tokens, 0)
         alone = cls._on_grid(sides, Circle(sides, min(math.ceil(radius * radius) - 1, sum(side * side for side in sides))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subquad.checks import InputError, check_cu_seqlens, shape_of
+from subquad.checks import InputError, check_beside, check_cu_seqlens, shape_of
 from subquad.ops.sparse.layout import Layout
 
 
@@ -26,6 +26,7 @@ def check_call(
     for name, x, tokens in (("q_pos", q_pos, n), ("k_pos", k_pos, m)):
         if x is None:
             continue
+        check_beside(name, x, q)
         if x.is_floating_point() or x.dtype == torch.bool or tuple(x.shape) not in ((tokens,), (1, tokens), (batch, tokens)):
             raise InputError(name, shape_of(x), f"integers [{tokens}] or [{batch}, {tokens}]")
     check_cu_seqlens(cu_seqlens, q)

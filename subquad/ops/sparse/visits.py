@@ -19,6 +19,7 @@ from subquad.ops.sparse.layout import Layout
 from subquad.ops.sparse.rules import Rule
 
 COARSE = 32  # fine tiles along a side of a coarse one
+COARSE_BOX = 4  # the same along each axis of a grid
 AT_ONCE = 1 << 22  # pairs of tiles looked at together
 SORTED = 1 << 24  # pairs up to which nothing is read on the host
 
@@ -132,20 +133,22 @@ def by_rule(rule: Rule, n: int, m: int, tiles: Tiling, device: torch.device, by_
 def _on_line(rule: Rule, n: int, m: int, tiles: Tiling, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     q_tiles, k_tiles = tiles.counts(n, m)
     shift = m - n
-    q, k = _all_pairs(cdiv(q_tiles, COARSE), cdiv(k_tiles, COARSE), device)
-    for wide in (COARSE, 1):
-        if wide == 1:
-            near = torch.arange(COARSE, device=device)
-            q, k = (
-                (q[:, None, None] * COARSE + near[:, None]).expand(-1, -1, COARSE),
-                (k[:, None, None] * COARSE + near).expand(-1, COARSE, -1),
-            )
-            inside = (q < q_tiles) & (k < k_tiles)
-            q, k = q[inside], k[inside]
+
+    def touched(q: Tensor, k: Tensor, wide: int) -> Tensor:
         q0, k0 = q * (tiles.q * wide), k * (tiles.k * wide)
         q1, k1 = (q0 + (tiles.q * wide - 1)).clamp(max=n - 1), (k0 + (tiles.k * wide - 1)).clamp(max=m - 1)
-        touched = rule.touches(q0 + shift, q1 + shift, k0, k1)
-        q, k = q[touched], k[touched]
+        return rule.touches(q0 + shift, q1 + shift, k0, k1)  # type: ignore[no-any-return]
+
+    q, k = _all_pairs(cdiv(q_tiles, COARSE), cdiv(k_tiles, COARSE), device)
+    kept = touched(q, k, COARSE)
+    near, found = torch.arange(COARSE, device=device), []
+    for some_q, some_k in zip(*(x[kept].split(AT_ONCE // COARSE**2) for x in (q, k))):
+        q, k = torch.broadcast_tensors((some_q[:, None] * COARSE + near)[:, :, None], (some_k[:, None] * COARSE + near)[:, None])
+        inside = (q < q_tiles) & (k < k_tiles)
+        q, k = q[inside], k[inside]
+        kept = touched(q, k, 1)
+        found.append((q[kept], k[kept]))
+    q, k = (torch.cat(x) for x in zip(*found))
     q0, k0 = q * tiles.q, k * tiles.k
     whole = rule.covers(q0 + shift, (q0 + (tiles.q - 1)).clamp(max=n - 1) + shift, k0, k0 + (tiles.k - 1)) & (k0 + tiles.k <= m)
     return q, k, ~whole
@@ -156,25 +159,39 @@ def _all_pairs(rows: int, columns: int, device: torch.device) -> tuple[Tensor, T
     return pair // max(columns, 1), pair % max(columns, 1)
 
 
-def _on_grid(rule: Rule, n: int, m: int, tiles: Tiling, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    q_tiles, k_tiles = tiles.counts(n, m)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    step = max(1, AT_ONCE // max(k_tiles, 1))
-    for first in range(0, q_tiles, step):
-        pair = torch.arange(first * k_tiles, min(first + step, q_tiles) * k_tiles, device=device)
-        q, k = pair // k_tiles, pair % k_tiles
-        q_box, k_box = _box(q, tiles.grid, tiles.q_box), _box(k, tiles.grid, tiles.k_box)
-        shown = [[(a, b.clamp(max=side - 1)) for (a, b), side in zip(box, tiles.grid)] for box in (q_box, k_box)]
-        touched = rule.touches_box(*shown)  # type: ignore[attr-defined]
-        whole = rule.covers_box(*shown)  # type: ignore[attr-defined]
-        for (_, last), side in zip(k_box, tiles.grid):
-            whole = whole & (last < side)
-        found.append((q[touched], k[touched], ~whole[touched]))
-    if not found:
-        none = torch.empty(0, dtype=torch.long, device=device)
-        return none, none, none.bool()
-    q, k, partial = (torch.cat(x) for x in zip(*found))
-    return q, k, partial
+def _on_grid(rule: Any, n: int, m: int, tiles: Tiling, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    grid, fine = tiles.grid, (tiles.q_box, tiles.k_box)
+    wide = [tuple(side * COARSE_BOX for side in sides) for sides in fine]
+
+    def boxes(q: Tensor, k: Tensor, sides: Any) -> list[Box]:
+        return [[(a, b.clamp(max=size - 1)) for (a, b), size in zip(_box(x, grid, s), grid)] for x, s in zip((q, k), sides)]
+
+    q, k = _all_pairs(prod(map(cdiv, grid, wide[0])), prod(map(cdiv, grid, wide[1])), device)
+    kept = rule.touches_box(*boxes(q, k, wide))
+    found = []
+    for some_q, some_k in zip(*(x[kept].split(AT_ONCE // COARSE_BOX ** (2 * len(grid))) for x in (q, k))):
+        (q, q_in), (k, k_in) = (_finer(x, grid, sides) for x, sides in zip((some_q, some_k), fine))
+        inside = q_in[:, :, None] & k_in[:, None]
+        q, k = (x[inside] for x in torch.broadcast_tensors(q[:, :, None], k[:, None]))
+        kept = rule.touches_box(*boxes(q, k, fine))
+        found.append((q[kept], k[kept]))
+    q, k = (torch.cat(x) for x in zip(*found))
+    whole = rule.covers_box(*boxes(q, k, fine))
+    for (_, last), size in zip(_box(k, grid, tiles.k_box), grid):
+        whole = whole & (last < size)
+    return q, k, ~whole
+
+
+def _finer(tile: Tensor, grid: tuple[int, ...], sides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The tiles in each coarse one ``[E]``, and which of them are on the grid, ``[E, COARSE_BOX ** axes]``."""
+    index, inside = torch.zeros_like(tile)[:, None], torch.ones_like(tile, dtype=torch.bool)[:, None]
+    near = torch.arange(COARSE_BOX, device=tile.device)
+    wide = _box(tile, grid, tuple(side * COARSE_BOX for side in sides))
+    for (first, _), size, side in zip(wide, grid, sides):
+        at, count = (first // side)[:, None] + near, cdiv(size, side)
+        index = (index[:, :, None] * count + at[:, None]).flatten(1)
+        inside = (inside[:, :, None] & (at < count)[:, None]).flatten(1)
+    return index, inside
 
 
 def _box(tile: Tensor, grid: tuple[int, ...], sides: tuple[int, ...]) -> Box:

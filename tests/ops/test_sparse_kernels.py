@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 from typing import Any
@@ -212,11 +213,12 @@ def test_positions(name):
     both_ways(RULES[name](40, 75), batch=2, given={"q_pos": torch.arange(40, device=DEVICE) + start, "k_pos": k_pos})
 
 
-@pytest.mark.parametrize("name", ["plane", "stride and dilation", "joined with another kind", "image among text"])
-def test_queries_before_the_first_position(name):
-    """Quotients of negative positions are rounded down, as the definition does."""
+@pytest.mark.parametrize("shift", [-14, 20])
+@pytest.mark.parametrize("name", ["plane", "stride and dilation", "volume, causal", "joined with another kind", "image among text"])
+def test_queries_outside_of_the_grid(name, shift):
+    """Quotients of negative positions are rounded down, as the definition does; no position wraps around."""
     layout = GRIDS[name]()
-    both_ways(layout, given={"q_pos": torch.arange(layout.n, device=DEVICE) - 14})
+    both_ways(layout, given={"q_pos": torch.arange(layout.n, device=DEVICE) + shift})
 
 
 @pytest.mark.parametrize("sorted_pairs", [True, False])
@@ -431,6 +433,12 @@ def test_a_million_tokens_cost_their_blocks():
 def test_rules_as_integers(name):
     rule = (GRIDS[name]() if name in GRIDS else RULES[name](37, 90)).inner
     assert decode(encode(rule)) == rule and all(type(x) is int for x in encode(rule))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_sources_are_named_in_ascii(name):
+    """The assembler of a GPU takes no other names."""
+    assert inspect.getsourcefile(triton_rule(GRIDS[name]().inner, False).fn).isascii()
 
 
 def test_joined_rules_as_integers():

@@ -92,7 +92,7 @@ def sparse_attention(
     plain = bias is None and key_bias is None and softcap is None and cu_seqlens is None and layout.index is None
     if plain and 0 < q.shape[1] <= FEW and q.shape[2] == heads and k.shape[2] == v.shape[2]:
         o, lse, top = sparse_attention_direct(q, k, v, layout, q_pos=q_pos, k_pos=k_pos, scale=scale, stats=stats)
-    elif _kernels_serve(q, k, v, layout, bias):
+    elif q.shape[1] > FEW and _kernels_serve(q, k, v, layout, bias):  # a few queries over ever more keys would make lists anew each time
         from subquad.ops.sparse.fused import sparse_attention_fused
 
         o, lse, top = sparse_attention_fused(

@@ -81,7 +81,7 @@ def triton_rule(rule: Rule, on_grid: bool) -> Any:
     digest = hashlib.sha256(repr((rule, on_grid)).encode()).hexdigest()[:12]
     name = f"rule_{digest}"
     text = source(rule, name, on_grid=on_grid)
-    file = f"<{rule.words} {digest}>"
+    file = f"<{type(rule).__name__} {digest}>"  # in ASCII, as the assembler is told the name
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where Triton looks for the source
     made: dict[str, Any] = {"__name__": __name__, "tl": tl}  # which the interpreter looks for
     exec(compile(text, file, "exec"), made)

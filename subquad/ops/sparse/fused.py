@@ -19,6 +19,7 @@ from subquad.ops.sparse.visits import Lists, Tiling, by_call, by_rule, on_grid, 
 
 Optional = Tensor | None
 LEAST = 16  # tokens along a side of a tile, at least
+_captured: list[Lists] = []
 LEARNED = ("q", "k", "v", "slopes", "key_bias", "q_factor", "k_factor")
 
 
@@ -51,7 +52,10 @@ def _visits(kernel: str, x: Inputs, layout: Layout) -> tuple[Tiling, Lists]:
     tiles = _tiles(kernel, x, layout)
     if _moved(x, layout):
         return tiles, by_call(layout, tiles, x.q_pos, x.k_pos, x.sequence, x.q.device, kernel == "key")
-    return tiles, by_rule(layout.inner, layout.n, layout.m, tiles, x.q.device, kernel == "key")
+    lists = by_rule(layout.inner, layout.n, layout.m, tiles, x.q.device, kernel == "key")
+    if x.q.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph reads them again after the cache has let them go
+        _captured.append(lists)
+    return tiles, lists
 
 
 def _read(

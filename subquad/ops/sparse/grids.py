@@ -35,8 +35,9 @@ def unravel(grid: tuple[int, ...], p: Any) -> list[Any]:
 
 def box(grid: tuple[int, ...], p0: Any, p1: Any) -> Box:
     """The smallest box that surely encloses the positions p0 … p1."""
-    ranges: Box = []
-    for axis, size in enumerate(grid):
+    first = prod(grid[1:])
+    ranges: Box = [(p0 // first, p1 // first)]  # outside of the grid for positions outside of it
+    for axis, size in list(enumerate(grid))[1:]:
         inner = prod(grid[axis + 1 :])
         same = p0 // (inner * size) == p1 // (inner * size)
         ranges.append((p0 // inner % size * same, p1 // inner % size * same + (size - 1) * (same == 0)))

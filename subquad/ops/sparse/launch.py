@@ -50,7 +50,8 @@ def tile_of(kernel: str, width: int, bits: int, boxes: bool, block_q: int = 0, b
     """The table's tile, cut so that it divides the blocks of lists (0: any)."""
     width = max(32, padded(width))
     keys = [(kernel, wide, bits, kind) for wide in (width, max(64, width)) for kind in (boxes, False)]
-    found = next((TABLE[key] for key in keys if key in TABLE), CAREFUL._replace(warps=8) if width > 128 else CAREFUL)
+    wide = Tile(32, 16, 4, 1) if bits == 32 else CAREFUL._replace(warps=8)  # as shared memory has to hold it
+    found = next((TABLE[key] for key in keys if key in TABLE), wide if width > 128 else CAREFUL)
     return Tile(gcd(found.q, block_q), gcd(found.k, block_k), *found[2:])  # powers of two
 
 
@@ -236,5 +237,6 @@ def _launcher(
         kernels.key_kernel if kernel == "key" else kernels.query_kernel, **which, **heads_of, **named, D=width, BD=padded(width),
         V=values, BV=padded(values), R=rank, BR=padded(max(rank, 1)), M=tiles.q, N=tiles.k,
         RULE=None if everything else triton_rule(rule, bool(tiles.grid)), BLOCK_Q=block_q, BLOCK_K=block_k, RUNS=runs, REACH=reach,
-        CAP=softcap, PLAIN=plain, IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
+        CAP=softcap, PLAIN=plain, IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=tile.warps,
+        num_stages=1 if rank > 16 else tile.stages,  # factors of higher rank leave no room for more
     )  # fmt: skip

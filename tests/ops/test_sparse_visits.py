@@ -7,11 +7,13 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from subquad.ops.sparse import Layout
-from subquad.ops.sparse.rules import Window
+from subquad.ops.sparse.grids import Neighborhood
+from subquad.ops.sparse.rules import Causal, Window
 from subquad.ops.sparse.visits import Tiling, by_call, by_rule, on_grid, tiling
 
 RULES = {

@@ -340,7 +340,7 @@ def test_other_caches_are_refused_by_name(decoder, implementation):
 
 
 def test_wrong_use_is_one_line(decoder):
-    from transformers import BertConfig, BertModel, DynamicCache
+    from transformers import DistilBertConfig, DistilBertModel, DynamicCache
 
     model, ids = decoder(), tokens()
     before, config = logits(model, ids), model.config
@@ -358,8 +358,8 @@ def test_wrong_use_is_one_line(decoder):
     refuses("got layer 4", lambda: subquad.swap(model, "toy-linear", layers=[4]))
     refuses("nearest: toy-linear", lambda: subquad.swap(model, None, layers={0: "toy-softmax", 1: "toy-linea"}))
     assert torch.equal(logits(model, ids), before) and model.config is config and not swapped(model)
-    bert = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8))
-    refuses("2 × BertSelfAttention", lambda: subquad.swap(bert, "toy-linear"))
+    bert = DistilBertModel(DistilBertConfig(vocab_size=9, dim=8, n_layers=2, n_heads=2, hidden_dim=8))
+    refuses("2 × DistilBertSelfAttention", lambda: subquad.swap(bert, "toy-linear"))
     refuses("model: got Linear (attention modules found: none)", lambda: subquad.swap(torch.nn.Linear(2, 2), "toy-linear"))
     refuses("model: got str", lambda: subquad.swap("smollm", "toy-linear"))
     subquad.swap(model, "toy-linear", layers=[1])

@@ -121,6 +121,16 @@ class Report:
         print(f"{name}: {took:.0f} s{f', {self.error(name)}' if self.error(name) else ''}", flush=True)
         write_json(self.path, self.result)
 
+    def go_on(self, earlier: Path | None) -> None:
+        """Keep the sections of an earlier result of the same device and commit."""
+        if earlier is None:
+            return
+        found = json.loads(earlier.read_text())
+        for key in ("device", "commit"):
+            if found[key] != self.result[key]:
+                raise SystemExit(f"--add: {key} {found[key]} there, {self.result[key]} here")
+        self.result = found | {key: self.result[key] for key in ("date", "command", "versions")}
+
     def error(self, name: str) -> str | None:
         """How a section failed; None when it did not."""
         found = self.result.get(name)

@@ -12,7 +12,6 @@ checkout of qhfan/RALA in --authors).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -54,12 +53,7 @@ class Bench(Timed):
             "moments", "Kernels of moments and RAVLT", args.device, args.out / f"moments-{slug(args.device)}.json", quick=args.quick
         )
         self.authors: Path | None = args.authors
-        if args.add:
-            earlier = json.loads(args.add.read_text())
-            for key in ("device", "commit"):
-                if earlier[key] != self.result[key]:
-                    raise SystemExit(f"--add: {key} {earlier[key]} there, {self.result[key]} here")
-            self.result = earlier | {key: self.result[key] for key in ("date", "command", "versions")}
+        self.go_on(args.add)
 
 
 def error(got: Tensor, exact: Tensor) -> float:

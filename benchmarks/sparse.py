@@ -49,12 +49,7 @@ class Bench(Timed):
         super().__init__(
             "sparse", "Kernels of sparse attention", args.device, args.out / f"sparse-{slug(args.device)}.json", quick=args.quick
         )
-        if args.add:
-            earlier = json.loads(args.add.read_text())
-            for key in ("device", "commit"):
-                if earlier[key] != self.result[key]:
-                    raise SystemExit(f"--add: {key} {earlier[key]} there, {self.result[key]} here")
-            self.result = earlier | {key: self.result[key] for key in ("date", "command", "versions")}
+        self.go_on(args.add)
 
 
 def error(got: Tensor, exact: Tensor) -> float:

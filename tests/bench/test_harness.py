@@ -11,6 +11,8 @@ import subquad
 from subquad import InputError
 from subquad.bench import lm_eval_model
 
+EXTRA = "needs lm-eval, which the extra `evaluate` installs and the tests' environment leaves out"
+
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch, llama, tokenizer):
     real = importlib.util.find_spec
@@ -27,7 +29,7 @@ def requests(kind, *arguments):
 
 @pytest.mark.parametrize("name", [None, "hedgehog", "sliding-window"])
 def test_log_likelihoods_are_the_models(name, llama, tokenizer):
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason=EXTRA)
     if name is not None:
         subquad.swap(llama, name)
     lm = lm_eval_model(llama, tokenizer, batch_size=3)
@@ -43,7 +45,7 @@ def test_log_likelihoods_are_the_models(name, llama, tokenizer):
 
 
 def test_it_writes_what_generate_writes(llama, tokenizer):
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason=EXTRA)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     subquad.swap(llama, "hedgehog")
@@ -57,8 +59,8 @@ def test_it_writes_what_generate_writes(llama, tokenizer):
 
 
 def test_a_task_from_a_local_file(llama, tokenizer, tmp_path):
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("datasets")
+    pytest.importorskip("lm_eval", reason=EXTRA)
+    pytest.importorskip("datasets", reason=EXTRA)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -5,11 +5,11 @@ The words position and block mean the same throughout: block = position div `blo
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_, or_
-from typing import Any
+from typing import Any, ClassVar
 
 from subquad.ops.sparse.grids import Box, Coordinates
 from subquad.ops.sparse.rules import Rule
@@ -222,6 +222,7 @@ class Joint:
 @dataclass(frozen=True)
 class _Joined:
     rules: tuple[Rule, ...]
+    by: ClassVar[Callable[[Any, Any], Any]]  # how two answers join
 
     def allowed(self, q: Any, k: Any) -> Any:
         return self._of_all("allowed", q, k)
@@ -258,31 +259,29 @@ class _Joined:
         return max(rule.span(axis) for rule in self.rules)  # type: ignore[attr-defined]
 
     def _of_all(self, name: str, *ranges: Any) -> Any:
-        raise NotImplementedError
+        return reduce(type(self).by, (getattr(rule, name)(*ranges) for rule in self.rules))
 
 
 @dataclass(frozen=True)
 class Union(_Joined):
     """A query sees what it sees by some of the rules."""
 
+    by = or_
+
     @property
     def words(self) -> str:
         return "; or ".join(rule.words for rule in self.rules)
-
-    def _of_all(self, name: str, *ranges: Any) -> Any:
-        return reduce(or_, (getattr(rule, name)(*ranges) for rule in self.rules))
 
 
 @dataclass(frozen=True)
 class Intersection(_Joined):
     """A query sees what it sees by all of the rules."""
 
+    by = and_
+
     @property
     def words(self) -> str:
         return "; and of these only ".join(rule.words for rule in self.rules)
-
-    def _of_all(self, name: str, *ranges: Any) -> Any:
-        return reduce(and_, (getattr(rule, name)(*ranges) for rule in self.rules))
 
 
 def join(kind: type[Union] | type[Intersection], *rules: Rule) -> Rule:

@@ -94,9 +94,12 @@ def query_kernel(
     near, c0, c1, c2 = within(N, G0, G1, G2, B0, B1, B2)
     part = offsets + which * (2 * tiles + 1) + 2 * tile
     for PARTIAL in tl.static_range(2):
-        for i in range(tl.load(part + PARTIAL), tl.load(part + PARTIAL + 1)):
+        start, stop = tl.load(part + PARTIAL), tl.load(part + PARTIAL + 1)
+        coming = tl.load(items + which * entries + start, mask=start < stop, other=0)
+        for i in range(start, stop):
             item = which * entries + i
-            begin, p0, p1, p2 = origin(tl.load(items + item), N, G0, G1, G2, B0, B1, B2)
+            begin, p0, p1, p2 = origin(coming, N, G0, G1, G2, B0, B1, B2)
+            coming = tl.load(items + item + 1, mask=i + 1 < stop, other=0)  # a step ahead, so that nothing waits for it
             k0, k1, k2 = c0 + p0, c1 + p1, c2 + p2
             k_in = inside_of(k0, k1, k2, m, G0, G1, G2)
             k_first = begin.to(tl.int64)
@@ -209,9 +212,12 @@ def key_kernel(
             kf = rows_of(k_factor + b * kf_b + k_first * kf_n + h * kf_h, rows, kf_n, k_in, f_cols, R, BR, True)
             df = tl.zeros([N, BR], tl.float32)
         for PARTIAL in tl.static_range(2):
-            for i in range(tl.load(part + PARTIAL), tl.load(part + PARTIAL + 1)):
+            start, stop = tl.load(part + PARTIAL), tl.load(part + PARTIAL + 1)
+            coming = tl.load(items + which * entries + start, mask=start < stop, other=0)
+            for i in range(start, stop):
                 item = which * entries + i
-                visitor = tl.load(items + item)
+                visitor = coming
+                coming = tl.load(items + item + 1, mask=i + 1 < stop, other=0)
                 begin, p0, p1, p2 = origin(visitor, M, G0, G1, G2, A0, A1, A2)
                 q0, q1, q2 = c0 + p0, c1 + p1, c2 + p2
                 q_in = inside_of(q0, q1, q2, n, G0, G1, G2)

@@ -21,7 +21,7 @@ from subquad.contract import FAMILIES, option_defaults
 from subquad.convert.recipe import recipes
 
 README, VISION, EXPERIMENT = ROOT / "README.md", ROOT / "docs" / "vision.md", ROOT / "docs" / "vision_experiment.md"
-DISTILL = ROOT / "docs" / "distill.md"
+DISTILL, KERNELS = ROOT / "docs" / "distill.md", ROOT / "docs" / "kernels.md"
 TOKENS = 65536
 SHOWN = {
     "vision_experiment": "Accuracy",
@@ -29,6 +29,7 @@ SHOWN = {
     "ranks": (),
     "moments": ("RAVLT-S",),
     "kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention"),
+    "sparse": ("Time on the device", "Causal window", "First call"),
 }  # of long results; the page has all
 LAYER = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # of SmolLM2-135M
 
@@ -113,6 +114,7 @@ def main() -> int:
         README: {"mechanisms": mechanism_table(), "results": results_table()},
         VISION: {name: tables_of(name) for name in ("flops", "ranks")} | {"moments": tables_of("moments", ("Time on", "RAVLT-S", "First"))},
         DISTILL: {"recipes": recipe_table()},
+        KERNELS: {"sparse": tables_of("sparse", ("Time on", "Causal window", "First call"))},
         EXPERIMENT: {"vision-experiment": experiment_table()},
     }
     stale = False

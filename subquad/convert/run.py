@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from subquad.checks import InputError
 from subquad.convert.checkpoint import Checkpoint, Checkpoints
 
+LINES = 10.0  # seconds between lines of progress where there is no terminal
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
@@ -126,11 +128,12 @@ class Run:
 
 
 class Bar:
-    """A progress bar on standard error that appears once the run has taken two seconds."""
+    """A progress bar on standard error that appears once the run has taken two seconds; where that is no terminal, a line every ten."""
 
     def __init__(self, label: str, steps: int, show: bool) -> None:
         self.label, self.steps, self.show = label, steps, show
-        self.began = time.perf_counter()
+        self.began = self.said = time.perf_counter()
+        self.console: Any = None
         self.progress: Any = None
 
     def __enter__(self) -> Bar:
@@ -141,20 +144,30 @@ class Bar:
             self.progress.stop()
 
     def advance(self, run: Run) -> None:
-        if not self.show or time.perf_counter() - self.began < 2:
+        now = time.perf_counter()
+        if not self.show or now - self.began < 2:
             return
-        if self.progress is None:
+        if self.console is None:
             self._start()
+        if self.progress is None and now - self.said < LINES:
+            return
         seconds, made = time.perf_counter() - run.began, run.step - run.resumed_from
         rate = f"{made / seconds:.2f} steps/s, {run.tokens / run.step * made / seconds:,.0f} tokens/s"
-        row = run.history[-1]
-        self.progress.update(0, completed=run.step, words=f"loss {sum(row) / len(row):.4f}  {rate}")
+        words = f"loss {sum(run.history[-1]) / len(run.history[-1]):.4f}  {rate}"
+        if self.progress is not None:
+            self.progress.update(0, completed=run.step, words=words)
+            return
+        self.said = now
+        print(f"{self.label} {run.step}/{self.steps}  {words}  {seconds:.0f} s", file=sys.stderr, flush=True)
 
     def _start(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        self.console = Console(stderr=True)
+        if not (self.console.is_terminal or self.console.is_jupyter):
+            return
         columns = (TextColumn(self.label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=Console(stderr=True))
+        self.progress = Progress(*columns, console=self.console)
         self.progress.add_task(self.label, total=self.steps, words="")
         self.progress.start()

@@ -1,0 +1,259 @@
+"""What `recipes.py` computes and shows: how a budget is shared, how much of a gap is closed, and the tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+ORIGINAL = "original"
+POINTS = 200  # of a curve of losses
+DASH = "–"
+
+
+# ---- the budget ----------------------------------------------------------------------------------------------------------
+
+
+def stages_of(recipe: str, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arguments of `distill` and `finetune` with which a recipe reads `plan["tokens"]` tokens in all.
+
+    Args:
+        recipe: its name; "original" for the tuning of lolcats on next tokens, without its transfer: what a model that keeps its
+            attention gains from as many tuned tokens.
+        plan: tokens, length, batch (sequences of a step), micro (of them at once in fine-tuning); share (of the steps that go to the
+            transfer), tune_lr, transfer_lr and loss, each None for the recipe's own.
+    """
+    from subquad.convert.recipe import recipe as find
+
+    chosen = find("lolcats" if recipe == ORIGINAL else recipe)
+    steps = plan["tokens"] // (plan["batch"] * plan["length"])
+    if plan["share"] is not None and len(chosen.stages) == 2:
+        first = round(plan["share"] * steps)
+        chosen = chosen.changed({"transfer": {"steps": first}, "finetune": {"steps": steps - first}})
+    else:
+        chosen = chosen.scaled(steps)
+    shapes: dict[str, dict[str, Any]] = {
+        "transfer": {"batch": plan["batch"], "lr": plan["transfer_lr"]},
+        "finetune": {"batch": plan["micro"], "accumulate": plan["batch"] // plan["micro"], "lr": plan["tune_lr"], "loss": plan["loss"]},
+    }
+    made = {
+        name: {**stage, "length": plan["length"], **{key: value for key, value in shapes[name].items() if value is not None}}
+        for name, stage in chosen.stages.items()
+    }
+    if recipe == ORIGINAL:
+        made = {"finetune": {**made["finetune"], "loss": "next-token"}} if "finetune" in made else {}
+    return made
+
+
+def tokens_read(stages: Mapping[str, Mapping[str, Any]]) -> int:
+    return sum(stage["steps"] * stage["batch"] * stage.get("accumulate", 1) * stage["length"] for stage in stages.values())
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------------
+
+
+def closed(start: float, now: float, original: float) -> float | None:
+    """The share of the gap in nats between an untrained swap and the original that is closed; None where there is no gap."""
+    return (start - now) / (start - original) if start > original else None
+
+
+def thinned(losses: Sequence[float], most: int = POINTS) -> list[float]:
+    """At most `most` means of neighbours, all of as many steps but the last."""
+    each = -(-len(losses) // most) or 1
+    return [round(statistics.fmean(losses[i : i + each]), 5) for i in range(0, len(losses), each)]
+
+
+def spread(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """The mean, and of several the standard deviation of a sample."""
+    if not values:
+        return DASH
+    mean = text(statistics.fmean(values))
+    return f"{mean} ± {text(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def ppl(nats: float) -> str:
+    return f"{math.exp(nats):.2f}" if nats < 10 else f"{math.exp(min(nats, 700)):.3g}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------------
+
+
+def tables(runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all that is in a result file; those of nothing are left out."""
+    every = list(runs.values())
+    made = [*recipe_tables([run for run in every if run["kind"] == "recipe"])]
+    made += [speed_table(every), batch_table(every), passkey_table(every), memory_table(every), failure_table(every)]
+    return [table for table in made if table["rows"]]
+
+
+def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run shares with others, rates and budget asked for among it: of an untrained model only how it was measured."""
+    return {**run["measured"], **(run["plan"] or {})}
+
+
+def main_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Those of most trained runs, or of the first if none was trained."""
+    found = [settings_of(run) for run in runs if run["plan"]] or [settings_of(run) for run in runs[:1]]
+    return max(found, key=found.count) if found else {}
+
+
+def recipe_tables(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    good = [run for run in every if run.get("done") and "error" not in run]
+    main = main_settings(good)
+    mine = [run for run in good if settings_of(run).items() <= main.items()]
+    others = [run for run in good if run not in mine]
+    start = next((run["points"]["start"]["book"] for run in mine if run["label"] == ORIGINAL), None)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in mine:
+        groups.setdefault(run["label"], []).append(run)
+    for label, some in list(groups.items()):
+        if all("window_alone" in run for run in some):
+            groups[f"{label} without its linear part"] = [alone(run) for run in some]
+    rows = sorted(groups.items(), key=lambda item: statistics.fmean(end(run) for run in item[1]))
+    size = f", {main['tokens'] / 1e6:.3g} M tokens each" if "tokens" in main else ""
+    quality = [[label, str(len(some)), *_quality(some, start)] for label, some in rows]
+    costs = [[label, *_costs(some)] for label, some in rows if "without its" not in label]
+    distances = ", ".join(str(one["distance"]) for one in mine[0]["recall"]) if mine else ""
+    columns = [*QUALITY, f"recall at {distances}: right number likeliest", "written in full"]
+    return [
+        {"title": f"Linearization recipes, perplexity{size}", "columns": columns, "rows": quality},
+        {"title": f"What the recipes cost{size}", "columns": COSTS, "rows": costs},
+        {"title": "Recipes with other settings", "columns": OTHERS, "rows": [_other(run, main, start) for run in others]},
+    ]
+
+
+QUALITY = ["recipe", "seeds", "tokens tuned", "swapped", "transferred", "in the end", "gap closed by transfer", "in all", "other text"]
+COSTS = ["recipe", "kept at 64k tokens", "new parameters", "transfer", "peak", "fine-tuning", "peak"]
+OTHERS = ["recipe", "seed", "settings", "in the end", "gap closed by transfer", "in all", "recall, right number likeliest"]
+
+
+def end(run: Mapping[str, Any], text: str = "book") -> float:
+    """Nats a token on a text after the last stage."""
+    return list(run["points"].values())[-1].get(text, math.nan)
+
+
+def alone(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run of lolcats as it was measured without the linear part."""
+    found = run["window_alone"]
+    return {**run, "points": {"start": run["points"]["start"], "end": found["nats"]}, "recall": found["recall"]}
+
+
+def _nats(some: Sequence[Mapping[str, Any]], point: str) -> list[float]:
+    return [run["points"][point]["book"] for run in some if point in run["points"]]
+
+
+def _closed(some: Sequence[Mapping[str, Any]], now: Sequence[float], original: float | None) -> str:
+    if original is None or len(now) != len(some):
+        return DASH
+    shares = [closed(run["points"]["start"]["book"], nll, original) for run, nll in zip(some, now)]
+    return spread([share for share in shares if share is not None], percent)
+
+
+def _quality(some: Sequence[dict[str, Any]], original: float | None) -> list[str]:
+    ends = [end(run) for run in some]
+    taught = [run for run in some if len(run["points"]) > 1]
+    other = [nll for run in some if math.isfinite(nll := end(run, "other"))]
+    tuned = [run["stages"]["finetune"]["tokens"] for run in some if "finetune" in run["stages"]]
+    return [
+        f"{statistics.fmean(tuned) / 1e6:.3g} M" if tuned else DASH,
+        _ppl(_nats(some, "start")),
+        _ppl(_nats(some, "transfer")),
+        _ppl(ends),
+        _closed(some, _nats(some, "transfer"), original),
+        _closed(some, ends, original) if taught else DASH,
+        _ppl(other),
+        _recall(some, "ranked"),
+        _recall(some, "exact"),
+    ]
+
+
+def _ppl(nats: Sequence[float]) -> str:
+    """Perplexity at the mean, and the standard deviation of the perplexities."""
+    if len(nats) < 2:
+        return ppl(nats[0]) if nats else DASH
+    return f"{ppl(statistics.fmean(nats))} ± {statistics.stdev(math.exp(min(x, 700)) for x in nats):.2f}"
+
+
+def _recall(some: Sequence[Mapping[str, Any]], what: str) -> str:
+    found = [[one[what] for one in run["recall"]] for run in some]
+    return ", ".join(f"{100 * statistics.fmean(column):.0f}" for column in zip(*found)) + " %" if found and found[0] else DASH
+
+
+def _costs(some: Sequence[Mapping[str, Any]]) -> list[str]:
+    from subquad.bench.speed import bytes_text
+
+    cells = [bytes_text(some[0]["bytes_64k"]), f"{some[0]['new_parameters']:,}"]
+    for name in ("transfer", "finetune"):
+        stages = [run["stages"][name] for run in some if name in run["stages"]]
+        if not stages:
+            cells += [DASH, DASH]
+            continue
+        seconds, rate = (statistics.fmean(stage[key] for stage in stages) for key in ("seconds", "tokens_per_s"))
+        peak = stages[0]["peak_mib"]
+        cells += [f"{seconds:.0f} s, {rate:,.0f} tokens/s", f"{peak / 1024:.3g} GiB" if peak else DASH]
+    return cells
+
+
+def _other(run: dict[str, Any], main: Mapping[str, Any], original: float | None) -> list[str]:
+    differs = ", ".join(f"{key} {value}" for key, value in settings_of(run).items() if main.get(key) != value)
+    cells = _quality([run], original)
+    return [run["label"], str(run["seed"]), differs, *cells[3:6], cells[7]]
+
+
+def speed_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By context: prefill and decoding of one sequence."""
+    found = [run for run in runs if run["kind"] == "speed"]
+    lengths = sorted({one["tokens"] for run in found for one in run.get("timings", [])})
+    rows = []
+    for run in found:
+        at = {one["tokens"]: one for one in run.get("timings", [])}
+        for what, key, text in (("decode, ms a token", "decode_ms", "{:.2f}"), ("prefill, s", "prefill_s", "{:.3f}")):
+            cells = [text.format(at[n][key]) if n in at and key in at[n] else at.get(n, {}).get("error", DASH) for n in lengths]
+            rows.append([run["label"], what, *cells])
+    return {"title": "One sequence, by context", "columns": ["attention", "", *(f"{n:,}" for n in lengths)], "rows": rows}
+
+
+def batch_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    from subquad.bench.speed import bytes_text
+
+    rows = []
+    for run in runs:
+        if (one := run.get("batch")) and run["kind"] == "speed":
+            figures = [one["error"], DASH, DASH]
+            if "error" not in one:
+                figures = [f"{one['tokens_per_s']:,.0f}", f"{one['decode_ms']:.2f}", bytes_text(one["cache_bytes"])]
+            rows.append([run["label"], f"{one['batch']} × {one['tokens']:,}", *figures])
+    columns = ["attention", "sequences × context", "tokens/s", "ms a step", "kept"]
+    return {"title": "Decoding many sequences", "columns": columns, "rows": rows}
+
+
+def passkey_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By length of the prompt: the share of passkeys written in full, over all depths."""
+    found = [run for run in runs if run["kind"] == "passkey" and run.get("cells")]
+    lengths = sorted({cell["length"] for run in found for cell in run["cells"]})
+    rows = []
+    for run in found:
+        at = {n: [cell["exact"] for cell in run["cells"] if cell["length"] == n] for n in lengths}
+        cells = [percent(statistics.fmean(at[n])) if at[n] else DASH for n in lengths]
+        tokens = sum(stage["tokens"] for stage in run["stages"].values())
+        rows.append([run["label"], f"{tokens / 1e6:.3g} M" if tokens else DASH, *cells])
+    return {"title": "Passkeys written in full", "columns": ["recipe", "tokens taught", *(f"{n:,}" for n in lengths)], "rows": rows}
+
+
+def memory_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found = [run for run in runs if run["kind"] == "memory" and "parameters" in run]
+    rows = []
+    for run in found:
+        peak = f"{run['peak_mib']:,}" if run["peak_mib"] else DASH
+        rows.append([run["label"], f"{run['parameters'] / 1e6:,.0f} M", peak, f"{1024 * run['bar_gib']:,}"])
+    return {"title": "Memory of attention transfer, MiB", "columns": ["what", "parameters", "peak", "at most wanted"], "rows": rows}
+
+
+def failure_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [[run["label"], run["kind"], str(run.get("seed", "")), run["error"]] for run in runs if "error" in run]
+    return {"title": "What failed", "columns": ["what", "of", "seed", "how"], "rows": rows}

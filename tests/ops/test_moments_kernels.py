@@ -40,13 +40,12 @@ def kernels(monkeypatch):
 
 
 @pytest.fixture
-def launched(monkeypatch) -> list[str]:
+def launched(launched, monkeypatch) -> list[str]:
     """The names of the calls of kernels that a test made."""
-    made: list[str] = []
     for name in ("mean", "gather", "apply", "apply_back", "gather_back"):
         call = getattr(Plan, name)
-        monkeypatch.setattr(Plan, name, lambda *args, call=call, name=name, **how: (made.append(name), call(*args, **how))[1])
-    return made
+        monkeypatch.setattr(Plan, name, lambda *args, call=call, name=name, **how: (launched.append(name), call(*args, **how))[1])
+    return launched
 
 
 def make(heads: tuple[int, int] = (4, 2), width: int = 16, columns: int = 16, n: int = N, batch: int = 2) -> dict[str, Tensor]:

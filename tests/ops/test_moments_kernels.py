@@ -40,13 +40,12 @@ def kernels(monkeypatch):
 
 
 @pytest.fixture
-def launched(monkeypatch) -> list[str]:
+def launched(launched, monkeypatch) -> list[str]:
     """The names of the calls of kernels that a test made."""
-    made: list[str] = []
     for name in ("mean", "gather", "apply", "apply_back", "gather_back"):
         call = getattr(Plan, name)
-        monkeypatch.setattr(Plan, name, lambda *args, call=call, name=name, **how: (made.append(name), call(*args, **how))[1])
-    return made
+        monkeypatch.setattr(Plan, name, lambda *args, call=call, name=name, **how: (launched.append(name), call(*args, **how))[1])
+    return launched
 
 
 def make(heads: tuple[int, int] = (4, 2), width: int = 16, columns: int = 16, n: int = N, batch: int = 2) -> dict[str, Tensor]:
@@ -192,14 +191,17 @@ def test_strided_inputs(layout):
     torch.testing.assert_close(moment_attention(**views, feature_map="elu1"), moment_attention(**x, feature_map="elu1"), rtol=0, atol=0)
 
 
-def test_masked_tokens_may_hold_anything():
+@pytest.mark.parametrize("turned", [False, True])
+def test_masked_tokens_may_hold_anything(turned):
     x = {name: t.to(DEVICE) for name, t in make().items()}
     mask = torch.rand(2, N, device=DEVICE) > 0.3
+    how = {"feature_map": "elu1", "key_mask": mask, "global_query": "mean", "rotary": rotary("halves") if turned else None}
     spoiled = x | {name: x[name].masked_fill(~mask[..., None, None], torch.nan).requires_grad_() for name in "kv"}
-    o = moment_attention(**spoiled, feature_map="elu1", key_mask=mask)
-    torch.testing.assert_close(o, moment_attention(**x, feature_map="elu1", key_mask=mask), rtol=0, atol=0)
+    o = moment_attention(**spoiled, **how)
+    torch.testing.assert_close(o, moment_attention(**x, **how), rtol=0, atol=0)
     o.sum().backward()
     assert all((spoiled[name].grad.nan_to_num(9.0)[~mask] == 0).all() for name in "kv")
+    assert all(spoiled[name].grad.isfinite().all() for name in "kv")
 
 
 def test_a_row_without_keys_gives_zero_and_no_gradient():

@@ -176,7 +176,6 @@ def gather_back_kernel(
         tv = load_tile(v, sv_n, rows, n, vs, V, BV)
         if MASK:
             keep = keep & (tl.load(seen + rows * ss_n, mask=keep, other=0) != 0)
-            x = tl.where(keep[:, None], x, 0.0)
             tv = tl.where(keep[:, None], tv, 0.0)
         phi = feature(x, MAP)
         own = pick(x, query[None, :], query_second[None, :], TWO)
@@ -190,6 +189,9 @@ def gather_back_kernel(
         if TOTAL:
             out += d_total[None, :]
         store_tile(dv, H * V, rows, n, vs, V, BV, tl.where(w[:, None] != 0, out * w[:, None], 0.0))
+        if MASK:  # only now: before 3.8 Triton lays out operands wrong that are turned, of 16 channels and made with loaded bytes
+            x = tl.where(keep[:, None], x, 0.0)
+            phi = tl.where(keep[:, None], phi, 0.0)
         d_phi = turn(product(tv.to(MT), across, rest_across, SPLIT, IP), c, -s, TURN)
         if TWO:
             d_phi = pick(x, d_phi, turn(product(tv.to(MT), across_second, rest_across_second, SPLIT, IP), c, -s, TURN), TWO)

@@ -73,21 +73,21 @@ def _cut(tile: Tile, sides: tuple[int, int]) -> tuple[_Fold, list[_Piece]]:
     p = tile.problem
     runs = tile.runs if isinstance(tile, RunTile) else []
     width = sum(run.stop - run.start for run in runs) or tile.k_index.shape[1]
-    masks = [(columns.indices(width), mask.squeeze(-2)) for columns, mask in tile.masks]
+    masks = [(columns.start, columns.stop, mask.squeeze(-2)) for columns, mask in tile.masks]
     if not isinstance(tile, RunTile):
         queries = _Fold.listed(tile.q_index, p.layout.block_q, sides[0])
-        edges = sorted({0, width, *(x for (a, b, _), _ in masks for x in (a, b))})
+        edges = sorted({0, width, *(x for a, b, _ in masks for x in (a, b))})
         spans = [(a, b, _Fold.listed(tile.k_index[:, a:b], p.layout.block_k, sides[1])) for a, b in pairwise(edges)]
     else:
         queries, spans, at = _Fold.run(tile.rows.start, tile.rows.stop, sides[0], p.device), [], 0
         for run in runs:
             end = at + run.stop - run.start
-            edges = sorted({at, end, *(x for (a, b, _), _ in masks for x in (a, b) if at < x < end)})
+            edges = sorted({at, end, *(x for a, b, _ in masks for x in (a, b) if at < x < end)})
             spans += [(a, b, _Fold.run(run.start + a - at, run.start + b - at, sides[1], p.device)) for a, b in pairwise(edges)]
             at = end
     pieces = []
     for a, b, fold in spans:
-        mask = next((mask[..., a - start : b - start] for (start, stop, _), mask in masks if start <= a and b <= stop), None)
+        mask = next((mask[..., a - start : b - start] for start, stop, mask in masks if start <= a and b <= stop), None)
         pieces.append(_Piece(slice(a, b), fold, mask))
     return queries, pieces
 

@@ -32,8 +32,9 @@ PER_CALL = ("n", "m", "tiles", "blocks", "entries", "row_tiles", "scale")  # one
 def query_kernel(
     q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table,
     q_factor, k_factor, o_at, lse_at, top_at, arg_at, do_at, d_lse, d_top, log_at, delta_at, top_rows, arg_rows, dq_at, d_slope, d_factor,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, qp_b, kp_b, kb_b, kb_h, tb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
+    q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h, qp_b, kp_b, kb_b, kb_h, tb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
     n, m, tiles, blocks, entries, row_tiles, scale,
+    QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr, ON: tl.constexpr,  # from one token to the next of q, k, v and ȯ
     GRAD: tl.constexpr, H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, LISTS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
@@ -56,7 +57,7 @@ def query_kernel(
     q_in = inside_of(q0, q1, q2, n, G0, G1, G2)
     q_first = first.to(tl.int64)
     cols, v_cols, f_cols = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BR)
-    q = rows_of(q_at + b * q_b + q_first * q_n + (h // GQ) * q_h, rows, q_n, q_in, cols, D, BD, True)
+    q = rows_of(q_at + b * q_b + q_first * QN + (h // GQ) * q_h, rows, QN, q_in, cols, D, BD, True)
     qp = positions(None if q_pos is None else q_pos + b * qp_b, first, rows, q0, q_in, m - n if G0 == 0 else 0)[:, None]
     qs = None if sequence is None else tl.load(sequence + first + rows, mask=q_in, other=-1)[:, None]
     slope = None if slopes is None else tl.load(slopes + h)
@@ -68,7 +69,7 @@ def query_kernel(
         df = tl.zeros([M, BR], tl.float32)
     at = (b * n + first + rows) * H + h  # of this tile's rows, in [B, N, H]
     if GRAD:
-        do = rows_of(do_at + b * do_b + q_first * do_n + h * do_h, rows, do_n, q_in, v_cols, V, BV, True)
+        do = rows_of(do_at + b * do_b + q_first * ON + h * do_h, rows, ON, q_in, v_cols, V, BV, True)
         o = tl.load(o_at + at[:, None] * V + v_cols[None, :], mask=q_in[:, None] & (v_cols < V)[None, :], other=0.0)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         if d_lse is not None:
@@ -103,7 +104,7 @@ def query_kernel(
             k0, k1, k2 = c0 + p0, c1 + p1, c2 + p2
             k_in = inside_of(k0, k1, k2, m, G0, G1, G2)
             k_first = begin.to(tl.int64)
-            k = rows_of(k_at + b * k_b + k_first * k_n + (h // GK) * k_h, near, k_n, k_in, cols, D, BD, PARTIAL)
+            k = rows_of(k_at + b * k_b + k_first * KN + (h // GK) * k_h, near, KN, k_in, cols, D, BD, PARTIAL)
             kp = positions(None if k_pos is None else k_pos + b * kp_b, begin, near, k0, k_in, 0)[None, :]
             kb = None if key_bias is None else tl.load(key_bias + b * kb_b + h * kb_h + begin + near, mask=k_in, other=0.0)[None, :]
             factors = None
@@ -120,7 +121,7 @@ def query_kernel(
                     (begin + near)[None, :], number, bits, runs, ends, RULE, BLOCK_Q, BLOCK_K, RUNS,
                 )  # fmt: skip
                 s = tl.where(seen, s, -INF)
-            v = rows_of(v_at + b * v_b + k_first * v_n + (h // GV) * v_h, near, v_n, k_in, v_cols, V, BV, PARTIAL)
+            v = rows_of(v_at + b * v_b + k_first * VN + (h // GV) * v_h, near, VN, k_in, v_cols, V, BV, PARTIAL)
             if GRAD:
                 p = tl.exp2(s * unit - lse[:, None])
                 ds = p * (tl.dot(do, tl.trans(v), input_precision=IP) - delta[:, None])
@@ -169,8 +170,9 @@ def query_kernel(
 def key_kernel(
     q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table,
     q_factor, k_factor, log_at, delta_at, top_rows, arg_rows, do_at, dk_at, dv_at, d_bias, d_factor,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, qp_b, kp_b, kb_b, kb_h, tb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
+    q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h, qp_b, kp_b, kb_b, kb_h, tb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
     n, m, tiles, blocks, entries, row_tiles, scale,
+    QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr, ON: tl.constexpr,
     H: tl.constexpr, HS: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, LISTS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
@@ -193,8 +195,8 @@ def key_kernel(
     k_in = inside_of(k0, k1, k2, m, G0, G1, G2)
     k_first = first.to(tl.int64)
     cols, v_cols, f_cols = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BR)
-    k = rows_of(k_at + b * k_b + k_first * k_n + (hs * group // GK) * k_h, rows, k_n, k_in, cols, D, BD, True)
-    v = rows_of(v_at + b * v_b + k_first * v_n + (hs * group // GV) * v_h, rows, v_n, k_in, v_cols, V, BV, True)
+    k = rows_of(k_at + b * k_b + k_first * KN + (hs * group // GK) * k_h, rows, KN, k_in, cols, D, BD, True)
+    v = rows_of(v_at + b * v_b + k_first * VN + (hs * group // GV) * v_h, rows, VN, k_in, v_cols, V, BV, True)
     kp = positions(None if k_pos is None else k_pos + b * kp_b, first, rows, k0, k_in, 0)[:, None]
     ks = None if sequence is None else tl.load(sequence + first + rows, mask=k_in, other=-2)[:, None]
     unit = scale * LOG2E if PLAIN else 1.0
@@ -222,7 +224,7 @@ def key_kernel(
                 q0, q1, q2 = c0 + p0, c1 + p1, c2 + p2
                 q_in = inside_of(q0, q1, q2, n, G0, G1, G2)
                 q_first = begin.to(tl.int64)
-                q = rows_of(q_at + b * q_b + q_first * q_n + (h // GQ) * q_h, near, q_n, q_in, cols, D, BD, True)
+                q = rows_of(q_at + b * q_b + q_first * QN + (h // GQ) * q_h, near, QN, q_in, cols, D, BD, True)
                 qp = positions(None if q_pos is None else q_pos + b * qp_b, begin, near, q0, q_in, m - n if G0 == 0 else 0)[None, :]
                 factors = None
                 if q_factor is not None:
@@ -242,7 +244,7 @@ def key_kernel(
                     )  # fmt: skip
                     s = tl.where(seen, s, -INF)
                 p = tl.exp2(s * unit - tl.load(log_at + at)[None, :])
-                do = rows_of(do_at + b * do_b + q_first * do_n + h * do_h, near, do_n, q_in, v_cols, V, BV, True)
+                do = rows_of(do_at + b * do_b + q_first * ON + h * do_h, near, ON, q_in, v_cols, V, BV, True)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=IP)
                 ds = p * (tl.dot(v, tl.trans(do), input_precision=IP) - tl.load(delta_at + at)[None, :])
                 if top_rows is not None:

@@ -1,6 +1,6 @@
 """Checks and times the kernels of sparse attention on a CUDA machine, against FlexAttention and torch's dense attention.
 
-    python benchmarks/sparse.py [--only SECTION …] [--quick] [--add RESULT] [--out FOLDER]
+    python benchmarks/sparse.py [--only SECTION …] [--quick] [--workers N] [--add RESULT] [--out FOLDER]
     python benchmarks/sparse.py --device cpu --only checks        tries the script at tiny sizes
 
 Sections: `checks` (results and gradients against the definition in float64, and against the errors of torch's flash kernel),
@@ -31,17 +31,16 @@ import torch
 from common import RESULTS, failure, slug
 from kernel_sanitize import sanitize
 from sparse_cases import CHECKS, FLEX, RASTER, SPEEDS, Speed, flex, ours, results, sdpa
+from sparse_checks import checks, error
 from timing import Timed, called, show
 from torch import Tensor
 
 from subquad.bench.machine import synchronize
 from subquad.ops.launcher import rehearse
-from subquad.ops.sparse import Layout, fused, launch, sparse_attention, sparse_attention_reference
+from subquad.ops.sparse import Layout, fused, launch, sparse_attention
 from subquad.ops.sparse.launch import How, Inputs, Tile
 
-SECONDS = {"checks": 400, "tune": 420, "speed": 420, "long": 60, "first": 60, "sanitize": 200}
-WIDTHS = [(64, 64), (128, 128), (32, 32), (80, 80), (96, 64), (256, 256)]
-ERROR_BAR = 1.5  # times the errors of torch's flash kernel, or of the definition in float32 with its results rounded
+SECONDS = {"checks": 240, "tune": 420, "speed": 420, "long": 60, "first": 60, "sanitize": 200}
 
 
 class Bench(Timed):
@@ -50,85 +49,7 @@ class Bench(Timed):
             "sparse", "Kernels of sparse attention", args.device, args.out / f"sparse-{slug(args.device)}.json", quick=args.quick
         )
         self.go_on(args.add)
-
-
-def error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm().clamp(min=1e-30))
-
-
-def checks(bench: Bench) -> list[dict[str, Any]]:
-    add = bench.table(
-        "Relative error against float64, and its ratio to that of float32 rounded", "layout", "D", "dtype", "o, lse and gradients", ""
-    )
-    found = []
-    for name, check in CHECKS.items():
-        layout, more = check.layout(bench.device), check.more(bench.device)
-        for width, values in WIDTHS if bench.cuda and name in ("causal", "plane") else WIDTHS[:2] if bench.cuda else [(16, 16)]:
-            for dtype in (torch.bfloat16, torch.float32, torch.float16) if width == 64 else (torch.bfloat16,):
-                torch.manual_seed(0)
-                sizes = zip((layout.n, layout.m, layout.m), check.heads, (width, width, values))
-                x = [torch.randn(1, tokens, heads, d, device=bench.device).to(dtype) for tokens, heads, d in sizes]
-                got = results(sparse_attention, x, layout, more, dtype)
-                exact = results(sparse_attention_reference, x, layout, more, torch.float64)
-                plain = results(sparse_attention_reference, x, layout, more, torch.float32)
-                errors = {key: error(got[key], exact[key]) for key in exact}
-                ratios = {key: errors[key] / max(error(plain[key].to(got[key].dtype), exact[key]), 1e-12) for key in exact}
-                met = all(e <= (1e-5 if key in ("o", "lse") else 1e-4) for key, e in errors.items()) if dtype == torch.float32 else None
-                word = str(dtype).removeprefix("torch.")
-                found.append({"layout": name, "D": width, "V": values, "dtype": word, "errors": errors, "ratios": ratios, "met": met})
-                add(
-                    name,
-                    str(width),
-                    word,
-                    " ".join(f"{k} {errors[k]:.1e} ({ratios[k]:.1f})" for k in exact),
-                    {None: "", True: "met", False: "missed"}[met],
-                )
-    found += [flash_check(bench, width, add) for width in (64, 128)] if bench.cuda else []
-    layout = Layout.window(333, 100, 5)
-    x = [torch.randn(1, 333, 2, 64, device=bench.device, dtype=torch.bfloat16) for _ in range(3)]
-    runs = [results(sparse_attention, x, layout, {}, torch.bfloat16) for _ in range(10 if bench.cuda else 2)]
-    same = all(torch.equal(run[key], runs[0][key]) for run in runs for key in run)
-    found.append({"layout": "ten runs bit-identical", "met": same})
-    add("ten runs bit-identical", "", "", "", "met" if same else "missed")
-    return found
-
-
-def flash_check(bench: Bench, width: int, add: Any) -> dict[str, Any]:
-    """Errors on dense causal attention beside those of torch's flash kernel, bf16, the same inputs."""
-    from torch.nn.attention import SDPBackend
-
-    torch.manual_seed(0)
-    x = {name: torch.randn(2, 2048, 4, width, device=bench.device, dtype=torch.bfloat16) for name in "qkv"}
-    do, layout, outs = torch.randn_like(x["q"]), Layout.causal(2048), []
-    calls = (
-        partial(ours, layout=layout),
-        partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
-        lambda y: sparse_attention_reference(*y.values(), layout)[0],
-    )
-    for call, dtype in zip(calls, (torch.bfloat16, torch.bfloat16, torch.float64)):
-        y = {name: t.detach().to(dtype).requires_grad_() for name, t in x.items()}
-        o = call(y)
-        outs.append([o.detach(), *torch.autograd.grad(o, list(y.values()), do.to(dtype))])
-    names = ("o", "dq", "dk", "dv")
-    errors, theirs = ({n: error(a, b) for n, a, b in zip(names, got, outs[2])} for got in outs[:2])
-    ratios = {n: errors[n] / theirs[n] for n in names}
-    met = max(ratios.values()) <= ERROR_BAR
-    add(
-        "causal, against torch's flash kernel",
-        str(width),
-        "bfloat16",
-        " ".join(f"{n} {errors[n]:.1e} ({ratios[n]:.2f})" for n in names),
-        "met" if met else "missed",
-    )
-    return {
-        "layout": "causal against flash",
-        "D": width,
-        "dtype": "bfloat16",
-        "errors": errors,
-        "flash": theirs,
-        "ratios": ratios,
-        "met": met,
-    }
+        self.workers = args.workers or (min(8, os.cpu_count() or 1) if self.cuda else 1)
 
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
@@ -378,6 +299,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Check and time the kernels of sparse attention on a CUDA machine.")
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--quick", action="store_true", help="fewer tiles to try, shorter timings")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that the checks, most of whose time is compilation, are spread over"
+    )
     parser.add_argument("--add", type=Path, metavar="RESULT", help="go on from this result file of the same commit")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])

@@ -100,6 +100,24 @@ class Launcher:
             _ = compiled.run  # makes and loads what launches it
 
 
+@cache
+def _compilers() -> ThreadPoolExecutor:
+    """The threads that compile, all started here, by the thread that first calls forward, and joined when Python ends.
+
+    Autograd's own threads, in which a backward may find more to compile, are none of Python's: what they start are daemons.
+    """
+    count, begun = min(os.cpu_count() or 1, 32), threading.Event()
+    pool = ThreadPoolExecutor(count, thread_name_prefix="subquad-compile")
+    for _ in range(count):  # each waits, so that the next one needs a thread of its own
+        pool.submit(begun.wait)
+    begun.set()
+    return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compilers.cache_clear)  # the child has none of its threads
+
+
 def rehearse(call: Callable[[], Any]) -> None:
     """Have all kernels that a call would launch compiled side by side in threads: the call runs without launching any.
 
@@ -114,12 +132,11 @@ def rehearse(call: Callable[[], Any]) -> None:
     finally:
         _thread.jobs = before
     if jobs:
-        pool = ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1), thread_name_prefix="subquad-compile")
+        pool = _compilers()
         for (self, key), arguments in jobs.items():
             if (caches := getattr(self.kernel, "device_caches", None)) is not None:
                 _ = caches[key[0].index]  # made here, as two threads would make two
             self.coming[key] = pool.submit(self.compile, key[0], arguments)
-        pool.shutdown(wait=False)
 
 
 def prepared(call: Callable[[], Result], rehearsal: Callable[[], Any]) -> Result:

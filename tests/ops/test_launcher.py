@@ -1,6 +1,9 @@
 """First launches: rehearsed, compiled side by side, and right about which kernels a call needs."""
 
+import _thread
+import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +115,29 @@ def test_without_memory_for_a_rehearsal_kernels_are_compiled_as_they_come():
 
     rehearse(too_large)
     assert launcher._thread.jobs is None
+
+
+def test_threads_that_compile_are_those_of_the_first_call(monkeypatch):
+    """Asked by a thread that is none of Python's, as autograd's are, it would start daemons, which Python does not wait for."""
+    launcher._compilers.cache_clear()
+    seen, made = [], []
+    monkeypatch.setattr(Launcher, "compile", lambda *_: seen.append(threading.current_thread()))
+
+    def ask():
+        def call():
+            made.append(Launcher(SimpleNamespace(arg_names=()), {}))
+            launcher._thread.jobs[made[-1], (torch.device("cpu"),)] = ()
+
+        rehearse(call)
+        made[-1].coming[torch.device("cpu"),].result()
+        done.release()
+
+    done = threading.Semaphore(0)
+    ask()
+    before = set(threading.enumerate())
+    _thread.start_new_thread(ask, ())
+    assert done.acquire(timeout=9) and done.acquire(timeout=9)
+    assert len(seen) == 2 and all(not t.daemon and t in before for t in seen)
 
 
 def test_no_sequences_launch_nothing():

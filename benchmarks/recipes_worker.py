@@ -172,25 +172,25 @@ def speed(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
         bench.clear()
     bench.start_memory()
     try:
-        record["batch"] = many(model, tokens, task["context"], task["batch"], task["decoded"])
-        record["batch"]["peak_mib"] = bench.peak_mib()
+        record["many"] = many(model, tokens, task["context"], task["sequences"], task["decoded"])
+        record["many"]["peak_mib"] = bench.peak_mib()
     except torch.OutOfMemoryError as error:
-        record["batch"] = {"batch": task["batch"], "tokens": task["context"], "error": failure(error)}
+        record["many"] = {"sequences": task["sequences"], "tokens": task["context"], "error": failure(error)}
     return record
 
 
 @torch.no_grad()
-def many(model: Any, tokens: Tensor, context: int, batch: int, decoded: int) -> dict[str, Any]:
-    """Decoding of `batch` sequences side by side behind `context` tokens: one is read, what is kept of it repeated."""
+def many(model: Any, tokens: Tensor, context: int, sequences: int, decoded: int) -> dict[str, Any]:
+    """Decoding of `sequences` sequences side by side behind `context` tokens: one is read, what is kept of it repeated."""
     from subquad.bench.machine import synchronize
     from subquad.bench.speed import cache_bytes, cached
 
     device = next(model.parameters()).device
     ids = tokens.repeat(-(-context // tokens.numel()))[:context][None].to(device)
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    held, token = cached(out), out.logits[:, -1:].argmax(-1).repeat(batch, 1)
+    held, token = cached(out), out.logits[:, -1:].argmax(-1).repeat(sequences, 1)
     for cache in held.values():
-        cache.batch_repeat_interleave(batch)
+        cache.batch_repeat_interleave(sequences)
     spent = []
     for _ in range(decoded + 3):
         synchronize(device)
@@ -201,7 +201,7 @@ def many(model: Any, tokens: Tensor, context: int, batch: int, decoded: int) -> 
         token, held = out.logits[:, -1:].argmax(-1), cached(out)
     step = sorted(spent[3:])[decoded // 2]
     size = cache_bytes(*held.values())
-    return {"batch": batch, "tokens": context, "decode_ms": 1e3 * step, "tokens_per_s": batch / step, "cache_bytes": size}
+    return {"sequences": sequences, "tokens": context, "decode_ms": 1e3 * step, "tokens_per_s": sequences / step, "cache_bytes": size}
 
 
 # ---- passkey ----------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class Passkeys(Sequence[dict[str, Tensor]]):
             return text, text
         room = self.length - 16  # for the answer
         prompt = hidden_prompt(
-            "passkey", pick.randint(min(128, room), room), pick.random(), index=index, seed=self.seed + 1000, count=self._count
+            "passkey", pick.randint(min(256, room), room), pick.random(), index=index, seed=self.seed + 1000, count=self._count
         )
         asked, whole = self._ids(prompt.text), self._ids(f"{prompt.text} {prompt.answer}.")
         ids = torch.cat([torch.tensor(whole), text])[: self.length]
@@ -282,7 +282,7 @@ def memory(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """The most that is allocated in two steps of attention transfer, weights included: of the model, or of a large one in groups."""
     from subquad.convert.distill import distill
 
-    shape: dict[str, Any] = {"steps": 2, "batch": task["batch"], "length": task["length"]}
+    shape: dict[str, Any] = {"steps": 2, "batch": task["batch"], "length": task["length"], "objective": task["objective"]}
     if task["group"] is None:
         model, tokens = placed(bench.fresh(), task), bench.tokens(task["data"])["train"]
         bench.clear()

@@ -1,5 +1,5 @@
 """Writes the generated tables of README.md, the mechanisms from their cards and the results from the result files, those of the
-pages on images, and that of the recipes.
+pages on images, and those of the recipes.
 
 python docs/readme.py            rewrite what stands between the markers
 python docs/readme.py --check    exit with 1 if that would change anything
@@ -21,13 +21,14 @@ from subquad.contract import FAMILIES, option_defaults
 from subquad.convert.recipe import recipes
 
 README, VISION, EXPERIMENT = ROOT / "README.md", ROOT / "docs" / "vision.md", ROOT / "docs" / "vision_experiment.md"
-DISTILL = ROOT / "docs" / "distill.md"
+DISTILL, RECIPES = ROOT / "docs" / "distill.md", ROOT / "docs" / "recipes.md"
 TOKENS = 65536
 SHOWN = {
     "vision_experiment": "Accuracy",
     "flops": (),
     "ranks": (),
     "moments": ("RAVLT-S",),
+    "recipes": ("Linearization recipes",),
     "kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention"),
 }  # of long results; the page has all
 LAYER = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # of SmolLM2-135M
@@ -95,6 +96,18 @@ def tables_of(benchmark: str, titles: tuple[str, ...] = ("",)) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def recipes_part() -> str:
+    """The tables of the recipes side by side, and the plot where it was drawn."""
+    parts = []
+    for stem, content in results().items():
+        if content.get("benchmark") == "recipes":
+            if (ROOT / "docs" / "img" / f"{stem}.svg").is_file():
+                parts.append(f"![Perplexity and recall against the bytes that a sequence keeps](img/{stem}.svg)")
+            parts += [f"**{one['title']}** ({stamped(content)})\n\n{table(one['columns'], one['rows'])}" for one in content["tables"]]
+            parts.append("\n".join(f"- {note}" for note in content.get("notes", [])))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def between(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)")
 
@@ -113,6 +126,7 @@ def main() -> int:
         README: {"mechanisms": mechanism_table(), "results": results_table()},
         VISION: {name: tables_of(name) for name in ("flops", "ranks")} | {"moments": tables_of("moments", ("Time on", "RAVLT-S", "First"))},
         DISTILL: {"recipes": recipe_table()},
+        RECIPES: {"measured": recipes_part()},
         EXPERIMENT: {"vision-experiment": experiment_table()},
     }
     stale = False

@@ -213,7 +213,8 @@ NOTES = [
     "The gap is that in nats a token between the swapped model untrained and the original.",
     "Recall: four numbers are stated, one is asked for so many tokens later; the right number is likelier than the others of the prompt "
     "(chance is a quarter), or written in full.",
-    "Without its linear part: the same weights, and what is older than the window weighs nothing.",
+    "Without its linear part: the same weights, and what is older than the window weighs nothing; there are no sinks, as there are in "
+    "sliding-window.",
     "Weights are those of the data type; what learns is kept in float32, adapters are merged before the last measurement.",
 ]
 

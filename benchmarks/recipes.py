@@ -35,6 +35,8 @@ from recipes_pool import Pool
 from recipes_tables import ORIGINAL, stages_of, tables
 from recipes_worker import RECALL
 
+from subquad.checks import InputError
+
 SECTIONS = ("recipes", "speed", "passkey", "memory")
 PASSKEYS = ("lawcat", "lolcats", "liger")
 BARS = {"transfer": 12, "blockwise": 16}  # GiB wanted at most
@@ -310,6 +312,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             left = carried_out(given, results, pool, Path(folder))
+        except InputError as error:
+            raise SystemExit(f"recipes: {error}") from None
         finally:
             pool.close()
     results.write()

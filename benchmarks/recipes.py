@@ -7,6 +7,7 @@
 python benchmarks/recipes.py --out FOLDER                          all of `JOBS`, the longest first, and goes on with FOLDER's result
 python benchmarks/recipes.py --recipes lolcats --tune-lr 3e-4      one of them, otherwise
 python benchmarks/recipes.py --only speed,passkey,memory           the other sections
+python benchmarks/recipes.py --plot RESULT                         draws a result into docs/img/
 python benchmarks/recipes.py --device cpu --tokens 512 --length 64 --batch 2 --windows 2 --prompts 1 --distances 16 --recipes lolcats
 
 A run that is finished is written at once and not made again with the same settings. Texts come from installed packages
@@ -29,10 +30,12 @@ from typing import Any
 
 import recipes_text
 import torch
-from common import RESULTS, Report, failure, slug, write_json
+from common import RESULTS, ROOT, Report, failure, slug, write_json
 from recipes_pool import Pool
 from recipes_tables import ORIGINAL, stages_of, tables
 from recipes_worker import RECALL
+
+from subquad.checks import InputError
 
 SECTIONS = ("recipes", "speed", "passkey", "memory")
 PASSKEYS = ("lawcat", "lolcats", "liger")
@@ -95,9 +98,11 @@ def jobs(labels: tuple[str, ...] | None, seeds_for: tuple[str, ...]) -> list[Job
 # ---- tasks --------------------------------------------------------------------------------------------------------------
 
 
-def plan_of(given: Any, text: str) -> dict[str, Any]:
-    """What all trained runs share; the text by its digest."""
+def plan_of(given: Any, train: torch.Tensor) -> dict[str, Any]:
+    """What all trained runs share."""
     keys = ("model", "dtype", "tokens", "length", "batch", "micro", "share", "tune_lr", "transfer_lr", "loss")
+    names = [*given.text, *([f"{given.self_tokens} of its own"] if given.self_tokens else [])]
+    text = f"{' + '.join(names)} ({digest(train.numpy().tobytes())})"
     return {**{key: getattr(given, key) for key in keys}, "text": text}
 
 
@@ -124,7 +129,7 @@ def mechanism_of(recipe: str, options: Mapping[str, Any] | None = None) -> dict[
 def speed_tasks(given: Any) -> list[dict[str, Any]]:
     cuda = given.device == "cuda"
     sizes = {"lengths": [1024, 4096, 16384, 32768, 65536] if cuda else [64, 128], "decoded": 32 if cuda else 2}
-    sizes |= {"context": 32768 if cuda else 64, "batch": 32 if cuda else 2}
+    sizes |= {"context": 32768 if cuda else 64, "sequences": 32 if cuda else 2}
     shared = {"kind": "speed", "layers": "all", **sizes, "dtype": given.dtype, "model": given.model, "cost": 3.0}
     return [{**shared, "label": name, **mechanism_of(name)} for name in (ORIGINAL, *given.speed_for)]
 
@@ -132,7 +137,7 @@ def speed_tasks(given: Any) -> list[dict[str, Any]]:
 def passkey_tasks(given: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
     shared = {"kind": "passkey", "layers": "all", "seed": 0, "plan": plan, "answers": given.passkey_loss == "answer"}
     shared |= {"lengths": list(given.passkey_lengths), "prompts": given.passkey_prompts}
-    made = [{**shared, "label": ORIGINAL, **mechanism_of(ORIGINAL), "stages": {}, "cost": 0.2}]
+    made = [{**shared, "label": ORIGINAL, **mechanism_of(ORIGINAL), "stages": {}, "plan": None, "cost": 0.2}]
     for name in given.passkey_for:
         made.append({**shared, "label": name, **mechanism_of(name), "stages": stages_of(name, plan), "cost": 2.5})
     return made
@@ -147,8 +152,9 @@ def memory_tasks(given: Any) -> list[dict[str, Any]]:
     for name, one in recipes().items():
         if one.transfer is not None:
             task = {**shared, "label": f"{name}: transfer, {words}", **mechanism_of(name), "group": None}
-            made.append({**task, "bar_gib": BARS["transfer"], "cost": 0.05})
+            made.append({**task, "objective": one.transfer.get("objective", "output"), "bar_gib": BARS["transfer"], "cost": 0.05})
     large = {**shared, "label": f"lolcats: a Llama of 1 B, two layers at a time, {words}", **mechanism_of("lolcats"), "group": 2}
+    large["objective"] = "output"
     return [*made, {**large, "large": LARGE if given.device == "cuda" else SMALL, "bar_gib": BARS["blockwise"], "cost": 0.3}]
 
 
@@ -209,7 +215,8 @@ NOTES = [
     "The gap is that in nats a token between the swapped model untrained and the original.",
     "Recall: four numbers are stated, one is asked for so many tokens later; the right number is likelier than the others of the prompt "
     "(chance is a quarter), or written in full.",
-    "Without its linear part: the same weights, and what is older than the window weighs nothing.",
+    "Without its linear part: the same weights, and what is older than the window weighs nothing; there are no sinks, as there are in "
+    "sliding-window.",
     "Weights are those of the data type; what learns is kept in float32, adapters are merged before the last measurement.",
 ]
 
@@ -221,7 +228,10 @@ def summary(record: Mapping[str, Any]) -> str:
     if "points" in record:
         nats = ", ".join(f"{point} {found['book']:.3f}" for point, found in record["points"].items())
         return f"nats {nats}; " + " ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in record["stages"].items())
-    words = {name: value for name, value in record.items() if name in ("peak_mib", "seconds", "batch")}
+    if "cells" in record:
+        at = {cell["length"]: [one["exact"] for one in record["cells"] if one["length"] == cell["length"]] for cell in record["cells"]}
+        return "passkeys " + ", ".join(f"{length}: {sum(found) / len(found):.0%}" for length, found in at.items())
+    words = {name: value for name, value in record.items() if name in ("peak_mib", "seconds", "many")}
     return f"done {json.dumps(words) if words else ''}"
 
 
@@ -239,6 +249,7 @@ def numbers(text: str) -> tuple[int, ...]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Linearization recipes, side by side.")
     add = parser.add_argument
+    add("--plot", type=Path, metavar="RESULT", help="draw a result file into docs/img/ and measure nothing")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     add("--out", type=Path, default=RESULTS, help="folder of the result file; runs that are there are kept")
     add("--add", type=Path, action="append", default=[], metavar="RESULT", help="keep the runs of this result too")
@@ -292,6 +303,11 @@ def places(device: str) -> list[str | None]:
 
 def main() -> int:
     given = arguments()
+    if given.plot is not None:
+        from recipes_plot import draw
+
+        print(draw(given.plot, ROOT / "docs" / "img"))
+        return 0
     began = time.monotonic()
     limit = given.seconds if given.seconds is not None else 440 if given.device == "cuda" else 10**9
     results = Results(given)
@@ -299,6 +315,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             left = carried_out(given, results, pool, Path(folder))
+        except InputError as error:
+            raise SystemExit(f"recipes: {error}") from None
         finally:
             pool.close()
     results.write()
@@ -314,6 +332,7 @@ def carried_out(given: Any, results: Results, pool: Pool, folder: Path) -> int:
     from subquad.models.text import encode, load_text
 
     _, tokenizer = load_model(given.model, given.dtype)
+    pool.start()  # they load the model while the texts are read here
     train, held = recipes_text.tokens_of(given.text, tokenizer, given.windows * given.length)
     text = load_text(given.other_text) if given.other_text else recipes_text.gpl()
     other = encode(text, tokenizer) if text else train[:0]
@@ -326,7 +345,7 @@ def carried_out(given: Any, results: Results, pool: Pool, folder: Path) -> int:
     )
     file = folder / "tokens.pt"
     torch.save({"train": train, "book": held, "other": other}, file)
-    plan = plan_of(given, digest(train.numpy().tobytes()))
+    plan = plan_of(given, train)
     tasks = []
     if "recipes" in given.only:
         tasks += recipe_tasks(given, plan, digest(torch.cat([held, other]).numpy().tobytes()))

@@ -68,6 +68,10 @@ class Pool:
         self.places, self.given, self.deadline = places, given, deadline
         self.lock, self.workers = threading.Lock(), dict[Any, Worker]()
 
+    def start(self) -> None:
+        for place in self.places:
+            self.workers[place] = Worker(place, self.given, self._say)
+
     def run(self, tasks: list[dict[str, Any]], keep: Callable[[dict[str, Any], dict[str, Any]], None]) -> int:
         """Returns how many were not begun."""
         queue = collections.deque(sorted(tasks, key=lambda task: -task["cost"]))

@@ -86,8 +86,8 @@ def percent(share: float) -> str:
 def tables(runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Of all that is in a result file; those of nothing are left out."""
     every = list(runs.values())
-    made = [*recipe_tables([run for run in every if run["kind"] == "recipe"])]
-    made += [speed_table(every), batch_table(every), passkey_table(every), memory_table(every), failure_table(every)]
+    made = [*recipe_tables(every)]
+    made += [speed_table(every), many_table(every), passkey_table(every), memory_table(every), failure_table(every)]
     return [table for table in made if table["rows"]]
 
 
@@ -102,10 +102,20 @@ def main_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return max(found, key=found.count) if found else {}
 
 
-def recipe_tables(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    good = [run for run in every if run.get("done") and "error" not in run]
+def good_runs(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run for run in every if run["kind"] == "recipe" and run.get("done") and "error" not in run]
+
+
+def main_runs(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The finished runs of recipes with the main settings, and the untrained ones that were measured like them."""
+    good = good_runs(every)
     main = main_settings(good)
-    mine = [run for run in good if settings_of(run).items() <= main.items()]
+    return [run for run in good if settings_of(run).items() <= main.items()]
+
+
+def recipe_tables(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    good, mine = good_runs(every), main_runs(every)
+    main = main_settings(good)
     others = [run for run in good if run not in mine]
     start = next((run["points"]["start"]["book"] for run in mine if run["label"] == ORIGINAL), None)
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -205,29 +215,34 @@ def _other(run: dict[str, Any], main: Mapping[str, Any], original: float | None)
     return [run["label"], str(run["seed"]), differs, *cells[3:6], cells[7]]
 
 
+def latest(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
+    """Of each label the run that was made last."""
+    return list({run["label"]: run for run in runs if run["kind"] == kind and "error" not in run}.values())
+
+
 def speed_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By context: prefill and decoding of one sequence."""
-    found = [run for run in runs if run["kind"] == "speed"]
-    lengths = sorted({one["tokens"] for run in found for one in run.get("timings", [])})
+    found = latest(runs, "speed")
+    lengths = sorted({one["tokens"] for run in found for one in run["timings"]})
     rows = []
     for run in found:
-        at = {one["tokens"]: one for one in run.get("timings", [])}
+        at = {one["tokens"]: one for one in run["timings"]}
         for what, key, text in (("decode, ms a token", "decode_ms", "{:.2f}"), ("prefill, s", "prefill_s", "{:.3f}")):
             cells = [text.format(at[n][key]) if n in at and key in at[n] else at.get(n, {}).get("error", DASH) for n in lengths]
             rows.append([run["label"], what, *cells])
     return {"title": "One sequence, by context", "columns": ["attention", "", *(f"{n:,}" for n in lengths)], "rows": rows}
 
 
-def batch_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def many_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     from subquad.bench.speed import bytes_text
 
     rows = []
-    for run in runs:
-        if (one := run.get("batch")) and run["kind"] == "speed":
-            figures = [one["error"], DASH, DASH]
+    for run in latest(runs, "speed"):
+        if (one := run.get("many")) is not None:
+            figures = [one.get("error", DASH), DASH, DASH]
             if "error" not in one:
                 figures = [f"{one['tokens_per_s']:,.0f}", f"{one['decode_ms']:.2f}", bytes_text(one["cache_bytes"])]
-            rows.append([run["label"], f"{one['batch']} × {one['tokens']:,}", *figures])
+            rows.append([run["label"], f"{one['sequences']} × {one['tokens']:,}", *figures])
     columns = ["attention", "sequences × context", "tokens/s", "ms a step", "kept"]
     return {"title": "Decoding many sequences", "columns": columns, "rows": rows}
 
@@ -241,14 +256,17 @@ def passkey_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         at = {n: [cell["exact"] for cell in run["cells"] if cell["length"] == n] for n in lengths}
         cells = [percent(statistics.fmean(at[n])) if at[n] else DASH for n in lengths]
         tokens = sum(stage["tokens"] for stage in run["stages"].values())
-        rows.append([run["label"], f"{tokens / 1e6:.3g} M" if tokens else DASH, *cells])
-    return {"title": "Passkeys written in full", "columns": ["recipe", "tokens taught", *(f"{n:,}" for n in lengths)], "rows": rows}
+        plan = run["plan"] or {}
+        settings = [f"{key} {plan[key]}" for key in ("share", "tune_lr", "transfer_lr", "loss") if plan.get(key) is not None]
+        settings += ["loss of the answers"] if plan and run["answers"] else []
+        rows.append([run["label"], ", ".join(settings) or DASH, f"{tokens / 1e6:.3g} M" if tokens else DASH, *cells])
+    columns = ["recipe", "settings", "tokens taught", *(f"{n:,}" for n in lengths)]
+    return {"title": "Passkeys written in full", "columns": columns, "rows": rows}
 
 
 def memory_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found = [run for run in runs if run["kind"] == "memory" and "parameters" in run]
     rows = []
-    for run in found:
+    for run in latest(runs, "memory"):
         peak = f"{run['peak_mib']:,}" if run["peak_mib"] else DASH
         rows.append([run["label"], f"{run['parameters'] / 1e6:,.0f} M", peak, f"{1024 * run['bar_gib']:,}"])
     return {"title": "Memory of attention transfer, MiB", "columns": ["what", "parameters", "peak", "at most wanted"], "rows": rows}

@@ -37,7 +37,7 @@ def gpl() -> str | None:
         except metadata.PackageNotFoundError:
             continue
         for file in files:
-            if file.name.startswith("LICENSE"):
+            if "licen" in str(file).lower() and file.suffix != ".py":
                 path = Path(str(file.locate()))
                 found = _LICENCE.search(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
                 if found:

@@ -1,5 +1,5 @@
 """Writes the generated tables of README.md, the mechanisms from their cards and the results from the result files, those of the
-pages on images, and that of the recipes.
+pages on images, and those of the recipes.
 
 python docs/readme.py            rewrite what stands between the markers
 python docs/readme.py --check    exit with 1 if that would change anything
@@ -21,13 +21,14 @@ from subquad.contract import FAMILIES, option_defaults
 from subquad.convert.recipe import recipes
 
 README, VISION, EXPERIMENT = ROOT / "README.md", ROOT / "docs" / "vision.md", ROOT / "docs" / "vision_experiment.md"
-DISTILL, KERNELS = ROOT / "docs" / "distill.md", ROOT / "docs" / "kernels.md"
+DISTILL, RECIPES, KERNELS = (ROOT / "docs" / f"{page}.md" for page in ("distill", "recipes", "kernels"))
 TOKENS = 65536
 SHOWN = {
     "vision_experiment": "Accuracy",
     "flops": (),
     "ranks": (),
     "moments": ("RAVLT-S",),
+    "recipes": ("Linearization recipes",),
     "kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention"),
     "sparse": ("Time on the device", "Causal window", "First call"),
 }  # of long results; the page has all
@@ -96,6 +97,18 @@ def tables_of(benchmark: str, titles: tuple[str, ...] = ("",)) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def recipes_part() -> str:
+    """The tables of the recipes side by side, and the plot where it was drawn."""
+    parts = []
+    for stem, content in results().items():
+        if content.get("benchmark") == "recipes":
+            if (ROOT / "docs" / "img" / f"{stem}.svg").is_file():
+                parts.append(f"![Perplexity and recall against the bytes that a sequence keeps](img/{stem}.svg)")
+            parts += [f"**{one['title']}** ({stamped(content)})\n\n{table(one['columns'], one['rows'])}" for one in content["tables"]]
+            parts.append("\n".join(f"- {note}" for note in content.get("notes", [])))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def between(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)")
 
@@ -115,6 +128,7 @@ def main() -> int:
         VISION: {name: tables_of(name) for name in ("flops", "ranks")} | {"moments": tables_of("moments", ("Time on", "RAVLT-S", "First"))},
         DISTILL: {"recipes": recipe_table()},
         KERNELS: {"sparse": tables_of("sparse", ("Time on", "Causal window", "First call"))},
+        RECIPES: {"measured": recipes_part()},
         EXPERIMENT: {"vision-experiment": experiment_table()},
     }
     stale = False

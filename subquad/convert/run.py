@@ -128,7 +128,10 @@ class Run:
 
 
 class Bar:
-    """A progress bar on standard error that appears once the run has taken two seconds; where that is no terminal, a line every ten."""
+    """A progress bar on standard error that appears once the run has taken two seconds.
+
+    Where that is no terminal: a line every ten seconds, and one at the end.
+    """
 
     def __init__(self, label: str, steps: int, show: bool) -> None:
         self.label, self.steps, self.show = label, steps, show
@@ -149,7 +152,7 @@ class Bar:
             return
         if self.console is None:
             self._start()
-        if self.progress is None and now - self.said < LINES:
+        if self.progress is None and now - self.said < LINES and run.step < self.steps:
             return
         seconds, made = time.perf_counter() - run.began, run.step - run.resumed_from
         rate = f"{made / seconds:.2f} steps/s, {run.tokens / run.step * made / seconds:,.0f} tokens/s"

@@ -1,0 +1,177 @@
+"""The benchmark of recipes: equal budgets, shares of a gap, tables, and what its worker measures."""
+
+import importlib
+import json
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from bench.tiny import make_llama
+
+import subquad
+from subquad.convert.recipe import recipes
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+PLAN = {"tokens": 6_000_000, "length": 1024, "batch": 8, "micro": 8, "share": None, "tune_lr": None, "transfer_lr": None, "loss": None}
+STEPS = 732  # 6,000,000 / 8,192, rounded down
+
+
+@pytest.fixture(scope="module")
+def parts():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield Namespace(**{name: importlib.import_module(f"recipes{name}") for name in ("", "_tables", "_worker", "_text", "_pool")})
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def main(parts):
+    return getattr(parts, "")
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_reads_the_same_number_of_tokens(parts, name):
+    for changes in ({}, {"micro": 2}, {"share": 0.25}, {"loss": "kl", "tune_lr": 3e-4, "transfer_lr": 5e-3}):
+        stages = parts._tables.stages_of(name, PLAN | changes)
+        assert parts._tables.tokens_read(stages) == STEPS * 8192
+        assert set(stages) == set(recipes()[name].stages)
+        assert {stage["batch"] * stage.get("accumulate", 1) for stage in stages.values()} == {8}
+
+
+def test_stages_share_the_budget(parts):
+    def steps(changes):
+        return {name: stage["steps"] for name, stage in parts._tables.stages_of("lolcats", PLAN | changes).items()}
+
+    assert steps({}) == {"transfer": 366, "finetune": 366}
+    assert steps({"share": 0.25}) == {"transfer": 183, "finetune": 549}
+    assert steps({"share": 1.0}) == {"transfer": 732}
+    assert steps({"share": 0.0}) == {"finetune": 732}
+    tuned = parts._tables.stages_of("original", PLAN | {"loss": "kl", "tune_lr": 3e-4})
+    assert list(tuned) == ["finetune"] and tuned["finetune"]["steps"] == 366  # as many as two-stage recipes tune with
+    assert tuned["finetune"]["loss"] == "next-token" and tuned["finetune"]["lr"] == 3e-4
+    assert parts._tables.stages_of("lizard", PLAN)["finetune"]["lr"] == 5e-4  # its own
+
+
+def test_the_table_of_runs(main):
+    assert {job.recipe for job in main.JOBS} == {"original", *recipes()}
+    assert len({job.label for job in main.JOBS}) == len(main.JOBS)
+    runs = main.jobs(None, ("lolcats", "lizard"))
+    assert [(job.label, job.seed) for job in runs[len(main.JOBS) :]] == [("lizard", 1), ("lolcats", 1), ("lizard", 2), ("lolcats", 2)]
+    assert max(job.cost for job in runs if job.seed) < min(job.cost for job in runs if not job.seed)  # further seeds come last
+    with pytest.raises(SystemExit, match="lolcat"):
+        main.jobs(("lolcat",), ())
+    swapped = [make_llama(num_hidden_layers=8) for _ in range(2)]
+    for model, layers in zip(swapped, ("all", next(job.layers for job in main.JOBS if job.label == "lolcats 3:1"))):
+        subquad.swap(model, "lolcats", layers=layers)
+    assert [len(subquad.convert.swap.swapped(model)) for model in swapped] == [8, 6]
+
+
+def test_keys_tell_settings_apart(main):
+    task = {"kind": "recipe", "label": "lolcats", "seed": 1, "stages": {"finetune": {"lr": 1e-4}}, "cost": 1.0}
+    assert main.key_of(task) == main.key_of(task | {"cost": 2.0, "data": "somewhere"})
+    assert main.key_of(task).startswith("recipe/lolcats/1/")
+    assert main.key_of(task) != main.key_of(task | {"stages": {"finetune": {"lr": 2e-4}}})
+
+
+def test_the_share_of_a_gap(parts):
+    closed = parts._tables.closed
+    assert closed(5.0, 3.5, 3.0) == 0.75
+    assert closed(5.0, 5.5, 3.0) == -0.25
+    assert closed(5.0, 2.0, 3.0) == 1.5
+    assert closed(3.0, 2.9, 3.0) is None
+
+
+def test_curves_are_thinned_to_means(parts):
+    assert parts._tables.thinned([1.0, 3.0, 5.0]) == [1.0, 3.0, 5.0]
+    thin = parts._tables.thinned([float(i) for i in range(450)])
+    assert len(thin) == 150 and thin[:2] == [1.0, 4.0] and thin[-1] == 448.0
+    assert parts._tables.thinned([1.0, 2.0, 6.0], most=2) == [1.5, 6.0]
+
+
+def run(label, seed=0, plan=PLAN, **points):
+    """A finished run, of nats on the book."""
+    stages = {name: {"tokens": 3_000_000, "seconds": 50.0, "tokens_per_s": 60_000, "peak_mib": 2048} for name in points if name != "start"}
+    found = [{"distance": 256, "ranked": 0.5, "exact": 0.25}]
+    return {
+        "kind": "recipe", "label": label, "seed": seed, "plan": plan, "measured": {"windows": 32}, "done": True, "stages": stages,
+        "points": {name: {"book": nats, "other": 2.0} for name, nats in points.items()}, "recall": found, "bytes_64k": 2**20,
+        "new_parameters": 1000,
+    }  # fmt: skip
+
+
+def test_tables_say_what_was_measured(parts):
+    lolcats = [run("lolcats", seed, start=4.0, transfer=3.5 + 0.25 * seed, finetune=3.25) for seed in range(2)]
+    lolcats = [one | {"window_alone": {"nats": {"book": 3.75}, "recall": one["recall"]}} for one in lolcats]
+    other = run("lolcats", plan=PLAN | {"tune_lr": 1e-3}, start=4.0, transfer=3.5, finetune=3.125)
+    failed = {"kind": "recipe", "label": "liger", "seed": 0, "plan": PLAN, "error": "ValueError: no", "done": True}
+    under_way = {"kind": "recipe", "label": "lizard", "seed": 0, "plan": PLAN, "points": {"start": {"book": 9.0}}}
+    every = [run("original", plan=None, start=3.0), *lolcats, other, failed, under_way]
+    made = {table["title"]: table for table in parts._tables.tables({str(i): one for i, one in enumerate(every)})}
+    quality = made["Linearization recipes, perplexity, 6 M tokens each"]
+    original, best, alone = quality["rows"]
+    assert original[:6] == ["original", "1", "–", "20.09", "–", "20.09"]
+    mean, deviation = math.exp(3.625), (math.exp(3.75) - math.exp(3.5)) / math.sqrt(2)
+    assert best[:5] == ["lolcats", "2", "3 M", "54.60 ± 0.00", f"{mean:.2f} ± {deviation:.2f}"]
+    assert best[5:] == ["25.79 ± 0.00", "38 % ± 18 %", "75 % ± 0 %", "7.39 ± 0.00", "50 %", "25 %"]
+    assert alone[0] == "lolcats without its linear part" and alone[5] == "42.52 ± 0.00" and alone[7] == "25 % ± 0 %"
+    assert made["Recipes with other settings"]["rows"] == [["lolcats", "0", "tune_lr 0.001", "22.76", "50 %", "88 %", "50 %"]]
+    assert made["What failed"]["rows"] == [["liger", "recipe", "0", "ValueError: no"]]
+    costs = made["What the recipes cost, 6 M tokens each"]["rows"][1]
+    assert costs == ["lolcats", "1 MiB", "1,000", "50 s, 60,000 tokens/s", "2 GiB", "50 s, 60,000 tokens/s", "2 GiB"]
+    assert all(len(row) == len(table["columns"]) for table in made.values() for row in table["rows"])
+
+
+def test_a_conversion_is_measured_at_every_point(parts, tokenizer, tmp_path):
+    worker, tables = parts._worker, parts._tables
+    bench = worker.Bench.__new__(worker.Bench)
+    bench.model, bench.tokenizer, bench.device, bench.cuda, bench.files = make_llama(), tokenizer, "cpu", False, {}
+    tokens = torch.randint(257, (4096,), generator=torch.Generator().manual_seed(0))
+    torch.save({"train": tokens[:3072], "book": tokens[3072:], "other": tokens[:0]}, tmp_path / "tokens.pt")
+    stages = tables.stages_of("lolcats", PLAN | {"tokens": 2048, "length": 128, "batch": 2, "micro": 1})
+    measured = {"length": 128, "windows": 2, "prompts": 1, "distances": [64]}
+    task = {"data": str(tmp_path / "tokens.pt"), "recipe": "lolcats", "mechanism": "lolcats", "options": {"window": 8}, "layers": "3:1"}
+    told = []
+    record = worker.recipe(bench, task | {"stages": stages, "measured": measured, "seed": 0}, lambda one: told.append(json.dumps(one)))
+    assert list(record["points"]) == ["start", "transfer", "finetune"] and record["finite"] is True
+    assert record["stages"]["transfer"]["tokens"] == record["stages"]["finetune"]["tokens"] == 1024
+    assert len(record["stages"]["finetune"]["losses"]) == 4
+    assert record["new_parameters"] == 3 * 4 * (2 * 8 * 64 + 1)  # of three layers, four heads: two maps and a factor
+    assert [list(json.loads(one)["points"]) for one in told] == [["start"], ["start", "transfer"]]
+    assert record["window_alone"]["nats"]["book"] != record["points"]["finetune"]["book"]
+    fresh = make_llama()
+    expected = worker.nats(subquad.swap(fresh, "sliding-window", window=8, sinks=0, layers="3:1"), bench.tokens(task["data"]), measured)
+    model = worker.placed(bench.fresh(), task)
+    assert worker.window_alone(model)
+    assert worker.nats(model, bench.tokens(task["data"]), measured)["book"] == pytest.approx(expected["book"], abs=1e-5)
+
+
+def test_passkeys_are_in_half_of_the_sequences(parts, tokenizer):
+    tokens = torch.full((2000,), 7)
+    shape = {"tokenizer": tokenizer, "tokens": tokens, "count": 3, "batch": 4, "length": 600, "seed": 1}
+    mixed, asked = (parts._worker.Passkeys(**shape, answers=answers)[2] for answers in (False, True))
+    assert mixed["input_ids"].shape == asked["labels"].shape == (4, 600) and "labels" not in mixed
+    assert [bool((row == 7).all()) for row in mixed["input_ids"]] == [False, True, False, True]
+    for ids, labels in zip(asked["input_ids"], asked["labels"]):
+        where = (labels != -100).nonzero().flatten()
+        answer = tokenizer.decode(labels[where])
+        assert answer[0] == " " and answer[1:6].isdigit() and answer[6:] == "." and len(where) == 7
+        assert torch.equal(ids[where], labels[where])
+        assert f"The pass key is {answer[1:6]}. Remember it." in tokenizer.decode(ids)
+    again = parts._worker.Passkeys(**shape, answers=True)[2]
+    assert torch.equal(again["input_ids"], asked["input_ids"])
+
+
+def test_many_sequences_go_on_from_one_that_was_read(parts):
+    for mechanism, layers in ((None, "all"), ("lolcats", "3:1")):
+        model = make_llama() if mechanism is None else subquad.swap(make_llama(), mechanism, layers=layers, window=8)
+        tokens = torch.arange(200)
+        found = parts._worker.many(model, tokens, 48, 3, 2)
+        one = parts._worker.many(model, tokens, 48, 1, 2)
+        assert found["cache_bytes"] == 3 * one["cache_bytes"] and found["tokens_per_s"] == 3e3 / found["decode_ms"]
+
+
+def test_the_other_text_comes_from_a_package(parts):
+    text = parts._text.gpl()
+    assert text is not None and text.startswith("GNU GENERAL PUBLIC LICENSE") and 30_000 < len(text) < 36_000

@@ -27,6 +27,7 @@ from subquad.checks import InputError, nearest
 from subquad.convert.checkpoint import Checkpoints
 from subquad.convert.distill import described
 from subquad.convert.feed import Feed
+from subquad.convert.graphs import Graphed, plain
 from subquad.convert.lora import TARGETS, add_lora, drop_lora, projections, without_lora
 from subquad.convert.run import Bar, Run, check_counts, check_rate, seeded
 from subquad.convert.swap import swapped
@@ -246,12 +247,12 @@ def summed_loss(logits: Tensor, labels: Tensor, target: Tensor | None = None, we
         weight: of the divergence from it; 1 − weight is of the labels' cross-entropy.
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    there = labels != -100
-    log_p, total = logits[there].to(wide).log_softmax(-1), logits.new_zeros((), dtype=wide)
+    log_p, total = logits.to(wide).log_softmax(-1), logits.new_zeros((), dtype=wide)
     if weight < 1:
-        total = total + (1 - weight) * F.nll_loss(log_p, labels[there], reduction="sum")
+        total = total + (1 - weight) * F.nll_loss(log_p.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
     if target is not None and weight:
-        total = total + weight * F.kl_div(log_p, target[there].to(wide).log_softmax(-1), reduction="sum", log_target=True)
+        away = F.kl_div(log_p, target.to(wide).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        total = total + weight * away.where(labels != -100, 0.0).sum()
     return total
 
 
@@ -278,6 +279,8 @@ class _Engine:
             self.device = self.accelerator.device
             model.to(self.device)
         self.model = self.wrapped = model
+        self.graphs = self.world == 1 and precision != "bfloat16"  # neither DDP's buckets nor autocast's copies belong in a graph
+        self.learn: Graphed | None = None
 
     def begin(
         self, live: dict[str, Any], steps: int, lr: float, share: Callable[[int], float], keeper: Checkpoints | None
@@ -294,17 +297,17 @@ class _Engine:
     def advance(self, run: Run, judge: _Judge, batches: list[dict[str, Any]], max_grad_norm: float) -> None:
         """One step from all of `batches`."""
         batches = [moved(batch, self.device) for batch in batches]
-        counts = torch.tensor([[int((labels_of(b) != -100).sum()), _real(b)] for b in batches], device=self.device).sum(0)
+        counts = torch.tensor([_counts(batch) for batch in batches], device=self.device).sum(0)
         targets, tokens = self._sum(counts).tolist()
         if not targets:
             raise InputError("data", "a step without a token to predict", "batches of two tokens or more that are not padding")
+        if self.learn is None:
+            self.learn = Graphed(partial(self._learn, judge), run.live.values())
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             apart = index < len(batches) - 1
-            with self.accelerator.no_sync(self.wrapped) if apart else contextlib.nullcontext(), self.accelerator.autocast():
-                loss = judge(self.wrapped, batch) / targets
-                self.accelerator.backward(loss * self.world)  # gradients are averaged over processes
-            total += loss.detach()
+            with self.accelerator.no_sync(self.wrapped) if apart else contextlib.nullcontext():
+                total += self.learn(batch, targets) if self.graphs else self._learn(judge, batch, targets)
         mean = float(self._sum(total))
         run.collect()
         norm = float(self.accelerator.clip_grad_norm_(run.parameters.values(), max_grad_norm)) if math.isfinite(mean) else math.nan
@@ -312,6 +315,13 @@ class _Engine:
             what = "loss" if not math.isfinite(mean) else "gradient"
             raise InputError("lr", run.lr, f"a smaller one: the {what} is not finite at step {run.step + 1}")
         run.update([mean], tokens)
+
+    def _learn(self, judge: _Judge, batch: dict[str, Any], targets: int) -> Tensor:
+        """A batch's part of the mean loss, with its gradients."""
+        with self.accelerator.autocast():
+            loss = judge(self.wrapped, batch) / targets
+            self.accelerator.backward(loss * self.world)  # gradients are averaged over processes
+        return loss.detach()
 
     def save(self, run: Run) -> None:
         if self.accelerator.is_main_process:
@@ -322,9 +332,12 @@ class _Engine:
         return self.accelerator.reduce(x, "sum") if self.world > 1 else x
 
 
-def _real(batch: dict[str, Any]) -> int:
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int((mask != 0).sum())
+def _counts(batch: dict[str, Any]) -> tuple[int, int]:
+    """Tokens that are predicted, and tokens that are no padding."""
+    labels, mask = labels_of(batch), batch.get("attention_mask")
+    if plain(batch):
+        return labels.numel(), batch["input_ids"].numel()
+    return int((labels != -100).sum()), batch["input_ids"].numel() if mask is None else int((mask != 0).sum())
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad.checks import InputError
+from subquad.convert.graphs import Graphed, plain
 from subquad.convert.mimic import pupil_loss
 from subquad.convert.module import SwappedAttention
 from subquad.convert.windows import note_tokens
@@ -63,21 +64,27 @@ class _Teacher:
         self.given = given
         self.body = getattr(teacher, "base_model", teacher)  # of transformers: without the head, which nobody needs here
         self.device = next(teacher.parameters()).device
+        here = all(lesson.like.device == self.device for lesson in given)
+        self.run = Graphed(self._run, [p for lesson in given for p in lesson.pupil.mechanism.parameters()]) if here else self._run
 
-    @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> tuple[list[float], int]:
         batch = moved({key: x for key, x in batch.items() if key != "labels"}, self.device)
+        return self.run(batch).tolist(), self.given[0].tokens
+
+    @torch.no_grad()
+    def _run(self, batch: dict[str, Any]) -> Tensor:
         mask = batch.get("attention_mask")
         real = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
         for lesson in self.given:
-            lesson.real, lesson.loss = real, None
+            lesson.plain, lesson.real, lesson.loss = plain(batch), real, None
         self.body(**batch, **({"use_cache": False} if "input_ids" in batch else {}))
         losses = []
         for lesson in self.given:
             if lesson.loss is None:
                 raise InputError("teacher", f"no call of {lesson.pupil.path}", "a model that runs every layer the student has swapped")
             losses.append(lesson.loss.double().to(self.device))
-        return torch.stack(losses).tolist(), self.given[0].tokens
+            lesson.loss = None
+        return torch.stack(losses)
 
 
 class _Lesson:
@@ -93,6 +100,7 @@ class _Lesson:
         self.objective = objective
         self.pupil, self.like = pupil, next(pupil.mechanism.parameters())
         self.inputs: tuple[Any, Any] = ((), {})
+        self.plain = False
         self.real: Tensor | None = None
         self.loss: Tensor | None = None
         self.tokens = 0
@@ -107,6 +115,8 @@ class _Lesson:
     def _try(self, projection: nn.Module, given: tuple[Tensor, ...]) -> None:
         device, dtype = self.like.device, self.like.dtype
         args, kwargs = moved(self.inputs, device, dtype)
+        if self.plain and kwargs.get("attention_mask") is not None:  # merely causal: nothing in it to look for
+            kwargs["attention_mask"] = None
         target, real = given[0].to(device), moved(self.real, device)
         with torch.enable_grad():
             if self.objective == "weights":

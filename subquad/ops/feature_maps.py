@@ -6,6 +6,7 @@ The features of some maps are r·D wide, r copies of D channels side by side ("h
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,42 @@ def exp_halves(y: Tensor) -> Tensor:
     return torch.cat([y, -y], -1).exp()
 
 
-def softmax_halves(y: Tensor) -> Tensor:
-    """[softmax(y), softmax(−y)], 2D wide, each half on its own and at least 1e-12 (Hedgehog as in LoLCATs' code)."""
-    return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp(min=1e-12)
+class SoftmaxHalves(torch.autograd.Function):
+    """Both halves as one node: what it keeps is the features, and the backward is one softmax's over rows of either half.
+
+    Features at the floor are taken for softmax's own, so that up to 1e-12 of their gradient passes.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        return torch.stack([y, -y], -2).softmax(-1).clamp(min=1e-12).flatten(-2).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.wide = inputs[0].dtype
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (f,) = ctx.saved_tensors
+        f, grad = (x.unflatten(-1, (2, x.shape[-1] // 2)) for x in (f, grad.to(f.dtype)))
+        each = torch._softmax_backward_data(grad.contiguous(), f, -1, f.dtype)
+        return (each[..., 0, :] - each[..., 1, :]).to(ctx.wide), None
+
+
+def softmax_halves(y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[softmax(y), softmax(−y)], 2D wide, each half on its own and at least 1e-12 (Hedgehog as in LoLCATs' code).
+
+    Computed in the dtype of y, and rounded to `dtype` where one is given.
+    """
+    return SoftmaxHalves.apply(y, dtype or y.dtype)
+
+
+def feature_dtype(x: Tensor) -> torch.dtype:
+    """What features made of x are kept in for the kernels: its own dtype, but float16 has no room for small ones."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def softmax2(y: Tensor) -> Tensor:

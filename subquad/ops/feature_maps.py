@@ -32,14 +32,14 @@ def softmax(x: Tensor) -> Tensor:
     return x.softmax(-1)
 
 
-def exp_halves(y: Tensor) -> Tensor:
+def exp_halves(y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """[exp(y), exp(−y)], 2D wide (Hedgehog, arXiv 2402.04347); |y| is cut where sums of products would overflow.
 
     The cut, 31 in float32 and 248 in float64, leaves room for e^{2·31} times 10¹¹ keys: below it the map is exact.
     """
     limit = 0.35 * torch.tensor(torch.finfo(y.dtype).max, dtype=torch.float64).log().item()
     y = y.clamp(-limit, limit)
-    return torch.cat([y, -y], -1).exp()
+    return torch.cat([y, -y], -1).exp().to(dtype or y.dtype)
 
 
 class SoftmaxHalves(torch.autograd.Function):
@@ -80,9 +80,9 @@ def feature_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-def softmax2(y: Tensor) -> Tensor:
+def softmax2(y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """softmax([2y, −2y]), 2D wide, one softmax over both halves (Hedgehog as in flash-linear-attention)."""
-    return torch.cat([2 * y, -2 * y], -1).softmax(-1)
+    return torch.cat([2 * y, -2 * y], -1).softmax(-1).to(dtype or y.dtype)
 
 
 def sign_cube(x: Tensor) -> Tensor:

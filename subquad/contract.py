@@ -93,6 +93,9 @@ class Card:
     state_bytes: Callable[..., float] | None = None
     keeps: str = "nothing"
     bf16_factor: float = 2.0  # allowed bf16 error, as a multiple of the reference's own
+    bf16_state: float = (
+        1e-5  # allowed error of float32 states of bf16 inputs; 2e-3 where features are rounded to bf16 before they are summed
+    )
     name: str = ""  # set by @register
 
     def __post_init__(self) -> None:

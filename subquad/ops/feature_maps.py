@@ -6,6 +6,7 @@ The features of some maps are r·D wide, r copies of D channels side by side ("h
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,24 +32,57 @@ def softmax(x: Tensor) -> Tensor:
     return x.softmax(-1)
 
 
-def exp_halves(y: Tensor) -> Tensor:
+def exp_halves(y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """[exp(y), exp(−y)], 2D wide (Hedgehog, arXiv 2402.04347); |y| is cut where sums of products would overflow.
 
     The cut, 31 in float32 and 248 in float64, leaves room for e^{2·31} times 10¹¹ keys: below it the map is exact.
     """
     limit = 0.35 * torch.tensor(torch.finfo(y.dtype).max, dtype=torch.float64).log().item()
     y = y.clamp(-limit, limit)
-    return torch.cat([y, -y], -1).exp()
+    return torch.cat([y, -y], -1).exp().to(dtype or y.dtype)
 
 
-def softmax_halves(y: Tensor) -> Tensor:
-    """[softmax(y), softmax(−y)], 2D wide, each half on its own and at least 1e-12 (Hedgehog as in LoLCATs' code)."""
-    return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp(min=1e-12)
+class SoftmaxHalves(torch.autograd.Function):
+    """Both halves as one node: what it keeps is the features, and the backward is one softmax's over rows of either half.
+
+    Features at the floor are taken for softmax's own, so that up to 1e-12 of their gradient passes.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        return torch.stack([y, -y], -2).softmax(-1).clamp(min=1e-12).flatten(-2).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.wide = inputs[0].dtype
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (f,) = ctx.saved_tensors
+        f, grad = (x.unflatten(-1, (2, x.shape[-1] // 2)) for x in (f, grad.to(f.dtype)))
+        each = torch._softmax_backward_data(grad.contiguous(), f, -1, f.dtype)
+        return (each[..., 0, :] - each[..., 1, :]).to(ctx.wide), None
 
 
-def softmax2(y: Tensor) -> Tensor:
+def softmax_halves(y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[softmax(y), softmax(−y)], 2D wide, each half on its own and at least 1e-12 (Hedgehog as in LoLCATs' code).
+
+    Computed in the dtype of y, and rounded to `dtype` where one is given.
+    """
+    return SoftmaxHalves.apply(y, dtype or y.dtype)
+
+
+def feature_dtype(x: Tensor) -> torch.dtype:
+    """What features made of x are kept in for the kernels: its own dtype, but float16 has no room for small ones."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def softmax2(y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """softmax([2y, −2y]), 2D wide, one softmax over both halves (Hedgehog as in flash-linear-attention)."""
-    return torch.cat([2 * y, -2 * y], -1).softmax(-1)
+    return torch.cat([2 * y, -2 * y], -1).softmax(-1).to(dtype or y.dtype)
 
 
 def sign_cube(x: Tensor) -> Tensor:

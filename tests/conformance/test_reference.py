@@ -108,7 +108,10 @@ def test_half_precision_with_inputs_in_float32(case):
 @BY_HALF
 @every()
 def test_half_precision_gradients(case, dtype):
-    """As above with twice the factor: a backward pass starts from an output and products that were rounded once already."""
+    """As above with twice the factor: a backward pass starts from an output and products that were rounded once already.
+
+    A single number sums a term of each output, each rounded: its error grows with their norm, however small the sum is.
+    """
     module = case.make(dtype)
     x = case.inputs(130, module, dtype=dtype)
     exact, single = case.twin(module, torch.float64), case.twin(module, torch.float32)
@@ -118,6 +121,8 @@ def test_half_precision_gradients(case, dtype):
     found = gradients(module, x, lambda leaves: case.run(module, leaves), weight)
     for name, g in expected.items():
         allowed = 2 * case.card.bf16_factor * rms(own[name].to(dtype) - g) + 1e-6 * rms(g)
+        if g.numel() == 1:
+            allowed = max(allowed, torch.finfo(dtype).eps / 4 * (case.define(exact, double(x)) * weight).norm().item())
         assert found[name].dtype == dtype
         assert rms(found[name] - g) <= allowed, name
 

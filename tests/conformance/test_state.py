@@ -62,7 +62,10 @@ def test_split_in_bfloat16(case, pieces):
 @pytest.mark.parametrize("pieces", [[N], [70, 1, 1, N - 72], [1] * N], ids=["one", "odd", "ones"])
 @every(causal, with_variants=True)
 def test_states_of_bfloat16_inputs_are_exact(case, pieces):
-    """What is accumulated is kept in float32: only what came in bfloat16 is kept in bfloat16."""
+    """What is accumulated is kept in float32: only what came in bfloat16 is kept in bfloat16.
+
+    A card's `bf16_state` says so where features are rounded to bfloat16 first: 2^-9 each, less in sums.
+    """
     module = case.make(torch.bfloat16)
     x = case.inputs(N, module, dtype=torch.bfloat16)
     x.update({name: t for name, t in case.inputs(N, module, dtype=torch.float32).items() if name not in "qkv"})  # as projected
@@ -73,7 +76,7 @@ def test_states_of_bfloat16_inputs_are_exact(case, pieces):
         if not t.numel():
             continue
         off = (t - exact[name]).square().mean().sqrt() / exact[name].square().mean().sqrt()
-        assert off <= (0 if t.dtype == torch.bfloat16 else 1e-5), f"{name} ({t.dtype}): off by {off:.1e}"
+        assert off <= (0 if t.dtype == torch.bfloat16 else case.card.bf16_state), f"{name} ({t.dtype}): off by {off:.1e}"
 
 
 @every(causal)

@@ -25,8 +25,8 @@ from subquad.checks import InputError, compute_dtype
 from subquad.contract import Call, Card, Input, Shape, register
 from subquad.mechanisms.linear.gla import GatedLinearAttention
 from subquad.ops.common import CHUNK, expand_heads
-from subquad.ops.feature_maps import project_heads, softmax_halves
-from subquad.ops.linear import linear_attention
+from subquad.ops.feature_maps import feature_dtype, project_heads, softmax_halves
+from subquad.ops.linear import linear_sums
 from subquad.ops.short_conv import short_conv
 from subquad.ops.sparse.recent import recent_attention
 from subquad.rotary import Rotary, rotate
@@ -72,6 +72,7 @@ class Lawcat(GatedLinearAttention):
         flops=_flops,
         bytes_moved=lambda s, **_: s.tensor_bytes + 4 * s.batch * s.tokens * s.kv * s.head_dim,
         state_bytes=_state_bytes,
+        bf16_state=2e-3,
         keeps="for each of {heads} heads a gated sum over tokens of {head_dim} × ({value_dim} + 1) numbers in float32, the last "
         "{conv_size} − 1 queries and keys for the convolutions, and keys and values of the window ({window})",
     )
@@ -120,21 +121,20 @@ class Lawcat(GatedLinearAttention):
 
         fq, q_tail = short_conv(q, self.q_taps, kept=before("q_tail"), cu_seqlens=cu)
         fk, k_tail = short_conv(k, self.k_taps, kept=before("k_tail"), cu_seqlens=cu)
-        fq, fk = (softmax_halves(project_heads(x, self.W)) for x in (fq, fk))
+        fq, fk = (softmax_halves(project_heads(x, self.W), feature_dtype(q)) for x in (fq, fk))
         log_decay = expand_heads(inputs["log_decay"].to(dtype), self.heads)
-        ones = torch.cat([v, torch.ones_like(v[..., :1])], -1).to(dtype)
-        sums, S = linear_attention(
-            fq, fk, ones, log_decay=log_decay, scale=1.0, initial_state=before("S"), return_state=True, cu_seqlens=cu
+        total, mass, S = linear_sums(
+            fq, fk, v.to(fq.dtype), log_decay=log_decay, initial_state=before("S"), return_state=call.return_state, cu_seqlens=cu
         )  # fmt: skip
         tensors = {"S": S, "q_tail": q_tail, "k_tail": k_tail}
-        total, mass = sums[..., :-1], sums[..., -1:]
         if self.window:
             turned_q, turned_k = rotate(call.rotary, q, k)
             (near, lse, top), kept = recent_attention(turned_q, turned_k, v, self.window, state, cu_seqlens=cu, keep=call.return_state)
             tensors.update(kept)
             g = self.window_factor.to(dtype).sigmoid()
             weight, far = (g * (lse - top).exp())[..., None], 1 - g[:, None] if self.affine_factors else 1
-            total, mass = weight * near + far * total, weight + far * mass
+            mass = weight + far * mass + EPS
+            return ((weight / mass) * near + (far / mass) * total).to(q.dtype), tensors
         return (total / (mass + EPS)).to(q.dtype), tensors
 
 

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, logsigmoid
 
-from subquad.checks import InputError, nearest
+from subquad.checks import InputError, compute_dtype, nearest
 from subquad.contract import Attention, Call, Card, Shape, register
 from subquad.ops.common import CHUNK
+from subquad.ops.feature_maps import feature_dtype
 from subquad.ops.linear import linear_attention
 from subquad.ops.linear.by_value import linear_attention_by_value
 from subquad.ops.sparse.recent import recent_attention
@@ -69,6 +70,7 @@ class Liger(Attention):
         flops=_flops,
         bytes_moved=lambda s, **_: s.tensor_bytes,
         state_bytes=_state_bytes,
+        bf16_state=2e-3,
         keeps="for each of {kv_heads} key heads a {head_dim} × {value_dim} matrix in float32 (with gsa instead {slots} slots of "
         "{head_dim} + {value_dim} numbers), and the last {window} keys and values",
     )
@@ -89,17 +91,18 @@ class Liger(Attention):
         (near, _, _), kept = recent_attention(
             turned_q, turned_k, v, self.window, call.state, cu_seqlens=call.cu_seqlens, keep=call.return_state
         )  # fmt: skip
-        q, k, v = (x.to(near.dtype) for x in (q, k, v))
         far, sums = self.recur(q, k, v, call)
-        return (0.5 * near + 0.5 * far).to(turned_q.dtype), {**sums, **kept}
+        return torch.lerp(near, far.to(near.dtype), 0.5), {**sums, **kept}
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-        """r ``[B, N, H, V]``, from unturned q, k, v in float32 or float64, and what the recurrence keeps."""
+        """r ``[B, N, H, V]``, from unturned q, k, v, and what the recurrence keeps; gates in float32 or float64."""
 
         def before(name: str) -> Tensor | None:
             return None if call.state is None else call.state[name]
 
+        dtype, kept_in = compute_dtype(q), feature_dtype(q)
         if self.form == "gsa":
+            q, k, v = (x.to(dtype) for x in (q, k, v))
             log_decay = logsigmoid(pool(k, self.slots)) / GATE_NORMALIZER
             write = -log_decay.expm1()
             read, K = linear_attention_by_value(
@@ -110,13 +113,13 @@ class Liger(Attention):
                 cu_seqlens=call.cu_seqlens,
             )  # fmt: skip
             return o, {"K": K, "S": S}
-        log_decay, write = logsigmoid(k), k.softmax(-1)
+        log_decay = logsigmoid(k.to(dtype))
         if self.form == "gla":
-            log_decay = log_decay / GATE_NORMALIZER
+            log_decay, write = log_decay / GATE_NORMALIZER, k.to(kept_in).softmax(-1)  # softmax is float32 inside
         else:
-            write = (-k).sigmoid()
+            write = (-k.to(kept_in)).sigmoid()
         o, S = linear_attention(
-            q.softmax(-1), write, v, log_decay=log_decay, scale=1.0, initial_state=before("S"), return_state=True,
+            q.to(kept_in).softmax(-1), write, v.to(kept_in), log_decay=log_decay, scale=1.0, initial_state=before("S"), return_state=True,
             cu_seqlens=call.cu_seqlens,
         )  # fmt: skip
         return o, {"S": S}

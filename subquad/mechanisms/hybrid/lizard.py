@@ -30,7 +30,7 @@ from torch.nn.functional import logsigmoid
 from subquad.checks import InputError, nearest
 from subquad.contract import Attention, Call, Card, Input, Shape, register
 from subquad.ops.common import CHUNK
-from subquad.ops.feature_maps import exp_halves, project_heads, softmax_halves
+from subquad.ops.feature_maps import exp_halves, feature_dtype, project_heads, softmax_halves
 from subquad.ops.linear import linear_attention
 from subquad.ops.sparse.recent import recent_attention
 from subquad.rotary import Rotary, rotate
@@ -77,6 +77,7 @@ class Lizard(Attention):
         flops=_flops,
         bytes_moved=lambda s, **_: s.tensor_bytes + 4 * s.batch * s.tokens,
         state_bytes=_state_bytes,
+        bf16_state=2e-3,
         keeps="for each of {kv_heads} key heads a gated sum over tokens of 2·feature_dim × {value_dim} numbers in float32 (with normalize "
         "one more than {value_dim}), and the last {window} keys and values",
     )
@@ -123,8 +124,8 @@ class Lizard(Attention):
         return {"log_decay": logsigmoid(gate if gate.dtype == torch.float64 else gate.float())}
 
     def features(self, name: Literal["W_q", "W_k"], x: Tensor) -> Tensor:
-        """φ of unturned queries or keys ``[B, N, ·, D]``, in float32 or float64: ``[B, N, ·, 2F]``."""
-        return FEATURES[self.feature_map](project_heads(x, self.get_parameter(name)))
+        """φ of unturned queries or keys ``[B, N, ·, D]``, in their dtype (float32 for float16): ``[B, N, ·, 2F]``."""
+        return FEATURES[self.feature_map](project_heads(x, self.get_parameter(name)), feature_dtype(x))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         turned_q, turned_k = rotate(call.rotary if self.window_rotary else None, q, k)
@@ -134,12 +135,14 @@ class Lizard(Attention):
         share = (lse - self.meta.to(lse).logsumexp(0)).sigmoid()  # of the window beside the sinks
         log_decay = inputs["log_decay"].to(lse)[..., None].expand(-1, -1, self.kv_heads)
         start = None if call.state is None else (call.state["S"], call.state["z"]) if self.normalize else call.state["S"]
+        fq = self.features("W_q", q)
         far, sums = linear_attention(
-            self.features("W_q", q), self.features("W_k", k), v.to(near), log_decay=log_decay, scale=1.0, normalize=self.normalize,
+            fq, self.features("W_k", k), v.to(fq.dtype), log_decay=log_decay, scale=1.0, normalize=self.normalize,
             eps=0.0, initial_state=start, return_state=True, cu_seqlens=call.cu_seqlens,
         )  # fmt: skip
         tensors = dict(zip(("S", "z"), sums)) if self.normalize else {"S": sums}
-        return (far + self.alpha.to(near) * share[..., None] * near).to(q.dtype), {**tensors, **kept}
+        weight = (self.alpha.to(lse) * share)[..., None]
+        return torch.addcmul(far.to(near.dtype), weight, near).to(q.dtype), {**tensors, **kept}
 
 
 def reference(

@@ -7,6 +7,7 @@
 g = sigmoid(window_factor) per head, f = 1 − g with `affine_factors`, else 1. c_i is part of the definition: the window's
 weights are relative to their own maximum, the others absolute, so the window part with its log-sum-exp weighs
 g exp(lse_i − c_i). Two windows: "sw", the last w tokens; "tk" (terrace), the own block of w and the one before it.
+In bfloat16, φ is computed in float32 and rounded, so that each weight of the past is off by up to 2^-8 of itself.
 Rotary turns q and k before all else; grouped keys are repeated to the query heads before the map; W is per query head,
 apart for q and k. Zhang et al.: LoLCATs (arXiv 2410.10254); windows and factors as in HazyResearch/lolcats.
 """
@@ -17,18 +18,20 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from subquad.checks import InputError, compute_dtype
 from subquad.contract import Attention, Call, Card, Shape, register
 from subquad.ops.common import expand_heads
-from subquad.ops.feature_maps import project_heads, softmax_halves
-from subquad.ops.linear import linear_attention
+from subquad.ops.feature_maps import feature_dtype, project_heads, softmax_halves
+from subquad.ops.linear import linear_sums
 from subquad.ops.sparse import Layout, sparse_attention
-from subquad.ops.sparse.recent import attend_behind
+from subquad.ops.sparse.recent import Near, attend_behind
 from subquad.ops.sparse.stream import Stream
 from subquad.rotary import Rotary, rotate
 from subquad.state import State
 
+Past = tuple[Tensor, Tensor, Tensor]  # sums of values [B, N, H, V] and of weights [B, N, H, 1], and both as a state
 START = -2.1972245773362196  # of the window factor: its sigmoid is 0.1
 
 
@@ -58,6 +61,7 @@ CARD = Card(
     flops=_flops,
     bytes_moved=lambda s, **_: s.tensor_bytes,
     state_bytes=_state_bytes,
+    bf16_state=2e-3,
     keeps="for each of {heads} heads a sum over tokens of 2·{feature_dim} features × ({value_dim} + 1) numbers in float32, and "
     "the keys and values of the window ({window}, {window_form}) of {kv_heads} heads",
 )
@@ -105,8 +109,8 @@ class Lolcats(Attention):
         return forward(self, q, k, v, call)
 
     def features(self, name: Literal["W_q", "W_k"], x: Tensor) -> Tensor:
-        """φ of rotated queries or keys ``[B, N, ·, D]``, in float32 or float64: ``[B, N, H, 2F]``."""
-        return softmax_halves(project_heads(expand_heads(x, self.heads), self.get_parameter(name)))
+        """φ of rotated queries or keys ``[B, N, ·, D]``: ``[B, N, H, 2F]``, in their dtype (float32 for float16)."""
+        return softmax_halves(project_heads(expand_heads(x, self.heads), self.get_parameter(name)), feature_dtype(x))
 
     def feature_pair(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """φ_q of rotated q and φ_k of rotated k, both for each query head: ``[B, N, H, 2F]``."""
@@ -134,13 +138,60 @@ class Lolcats(Attention):
         w = self.window
         return position - w + 1 if self.window_form == "sw" else (position // w - 1) * w
 
-    def combine(self, near: tuple[Tensor, Tensor, Tensor], far: Tensor, dtype: torch.dtype) -> Tensor:
-        """One normaliser over the window's (o, lse, max) and the past's sums ``[B, N, H, V + 1]``, the last the weights'."""
+    def combine(self, near: Near, far: Tensor, mass: Tensor) -> Tensor:
+        """One normaliser over the window's (o, lse, max) and the past's sums ``[B, N, H, V]`` and weights ``[B, N, H, 1]``."""
         o, lse, top = near
-        g = self.window_factor.to(o.dtype).sigmoid()
+        g = self.window_factor.to(lse.dtype).sigmoid()
         near_mass = (g * (lse - top).exp())[..., None]
-        far = far * (1 - g)[:, None] if self.affine_factors else far
-        return ((near_mass * o + far[..., :-1]) / (near_mass + far[..., -1:])).to(dtype)
+        if self.affine_factors:
+            weight = (1 - g)[:, None]
+            total = near_mass + weight * mass
+            return near_mass / total * o + weight / total * far
+        total = near_mass + mass
+        return near_mass / total * o + far / total
+
+
+def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Any number of tokens, from the start or behind a state, in a batch or packed; linear in the tokens."""
+    dtype, device, cu = compute_dtype(q), q.device, call.cu_seqlens
+    if call.state is None:
+        layout = module.layout(q.shape[1], q.shape[1])
+        near = sparse_attention(q, k, v, layout, cu_seqlens=cu, return_lse=True, return_max=True)
+        if module.window_form == "sw" and cu is None:
+            return from_start(module, q, k, v, near, call.return_state)
+    rows = q.shape[0] if cu is None else cu.shape[0] - 1
+    if call.state is None:
+        length = torch.zeros(rows, dtype=torch.long, device=device)
+        held = [x.new_zeros(rows, module.held, *x.shape[2:]) for x in (k, v)]
+        sums = torch.zeros(rows, module.heads, 2 * module.feature_dim, v.shape[-1] + 1, dtype=dtype, device=device)
+    else:
+        length, held, sums = call.state.length, [call.state["k"], call.state["v"]], call.state["S"]
+    stream = Stream(module.held, rows, q.shape[1], cu, device)
+    joined = stream.join(held[0], k), stream.join(held[1], v)
+    if call.state is not None:
+        near = attend_behind(q, *joined, module.layout, stream, length)
+    past = sliding_past if module.window_form == "sw" else terrace_past
+    far, mass, sums = past(module, q, *joined, stream, length, sums, cu)
+    o = module.combine(near, far, mass).to(q.dtype)
+    if not call.return_state:
+        return o, None
+    k, v = (stream.last(x, module.held) for x in joined)
+    return o, {"S": sums, "k": k, "v": v}
+
+
+def from_start(
+    module: Lolcats, q: Tensor, k: Tensor, v: Tensor, near: Near, return_state: bool
+) -> tuple[Tensor, dict[str, Tensor] | None]:  # fmt: skip
+    """A batch without a state: query i sees the keys up to i − w, so that later queries against earlier keys are a causal pass."""
+    w, late = module.window, max(0, q.shape[1] - module.window)
+    fq, fk = module.features("W_q", q[:, w:]), module.features("W_k", k[:, :late])
+    far, mass, sums = linear_sums(fq, fk, v[:, :late].to(fq.dtype), return_state=return_state)
+    first = (0, 0, 0, 0, q.shape[1] - late, 0)  # these have no past
+    o = module.combine(near, pad(far, first), pad(mass, first)).to(q.dtype)
+    if not return_state:
+        return o, None
+    k, v = (pad(x[:, late:], (0, 0, 0, 0, w - (q.shape[1] - late), 0)) for x in (k, v))
+    return o, {"S": sums, "k": k, "v": v}
 
 
 def with_ones(v: Tensor, real: Tensor) -> Tensor:
@@ -148,45 +199,20 @@ def with_ones(v: Tensor, real: Tensor) -> Tensor:
     return torch.cat([v, torch.ones_like(v[..., :1])], -1) * real[..., None, None]
 
 
-def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """Any number of tokens, from the start or behind a state, in a batch or packed; linear in the tokens."""
-    given, dtype, device = q.dtype, compute_dtype(q), q.device
-    rows = q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    if call.state is None:
-        length = torch.zeros(rows, dtype=torch.long, device=device)
-        held = [x.new_zeros(rows, module.held, *x.shape[2:]) for x in (k, v)]
-        sums = torch.zeros(rows, module.heads, 2 * module.feature_dim, v.shape[-1] + 1, dtype=dtype, device=device)
-    else:
-        length, held, sums = call.state.length, [call.state["k"], call.state["v"]], call.state["S"]
-    q, k, v, k_held, v_held = (x.to(dtype) for x in (q, k, v, *held))
-    stream = Stream(module.held, rows, q.shape[1], call.cu_seqlens, device)
-    joined = stream.join(k_held, k), stream.join(v_held, v)
-    if call.state is None:
-        layout = module.layout(q.shape[1], q.shape[1])
-        near = sparse_attention(q, k, v, layout, cu_seqlens=call.cu_seqlens, return_lse=True, return_max=True)
-    else:
-        near = attend_behind(q, *joined, module.layout, stream, length)
-    past = sliding_past if module.window_form == "sw" else terrace_past
-    far, sums = past(module, q, *joined, stream, length, sums, call.cu_seqlens)
-    o = module.combine(near, far, given)
-    if not call.return_state:
-        return o, None
-    k, v = (stream.last(x, module.held).to(given) for x in joined)
-    return o, {"S": sums, "k": k, "v": v}
-
-
 def sliding_past(
     module: Lolcats, q: Tensor, k: Tensor, v: Tensor, stream: Stream, length: Tensor, sums: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Past:
     """Keys enter the past w tokens late: a causal pass over keys and values delayed by w gives it exactly."""
-    v = with_ones(stream.delayed(v), stream.positions(length) >= module.window)
     fq, fk = module.features("W_q", q), module.features("W_k", stream.delayed(k))
-    return linear_attention(fq, fk, v, scale=1.0, initial_state=sums, return_state=True, cu_seqlens=cu_seqlens)
+    real = (stream.positions(length) >= module.window)[..., None, None].to(fq.dtype)
+    v = stream.delayed(v).to(fq.dtype) * real
+    real = real.expand(*v.shape[:2], 1, 1)
+    return linear_sums(fq, fk, v, counts=real, initial_state=sums, return_state=True, cu_seqlens=cu_seqlens)
 
 
 def terrace_past(
     module: Lolcats, q: Tensor, k: Tensor, v: Tensor, stream: Stream, length: Tensor, sums: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Past:
     """All queries of a block of w see the same past, the blocks before the last: sums by block, then a running sum.
 
     Rows are laid out in whole blocks from position `length` − `late` − 2w on: 2w kept tokens, then the new ones.
@@ -208,7 +234,8 @@ def terrace_past(
     at = torch.arange((blocks + 2) * w, device=device) - late
     position = at + length[:, None] - 2 * w
     real = (at >= 0) & (at < 2 * w + count[:, None]) & (position >= module.past_of(length - 1)[:, None].clamp(min=0))
-    fk = module.features("W_k", rows(k, at, stream.cu_seqlens).flatten(1, 2)).unflatten(1, (-1, w))
+    fk = module.features("W_k", rows(k, at, stream.cu_seqlens).flatten(1, 2)).to(sums.dtype).unflatten(1, (-1, w))
+    v = v.to(sums.dtype)
     v = with_ones(rows(v, at, stream.cu_seqlens).flatten(1, 2), real)
     v = expand_heads(v, module.heads).unflatten(1, (-1, w))
     kv = torch.einsum("rbwhf,rbwhv->rbhfv", fk, v)
@@ -216,18 +243,21 @@ def terrace_past(
     left = (module.past_of(length + count - 1) - (length - late[:, 0] - 2 * w)) // w
     kept = before[torch.arange(left.shape[0], device=device), left]
     if not q.shape[1]:
-        return q.new_zeros(*q.shape[:3], v.shape[-1]), kept
-    fq = module.features("W_q", rows(q, at[:, 2 * w :] - 2 * w, cu_seqlens).flatten(1, 2)).unflatten(1, (-1, w))
+        far = sums.new_zeros(*q.shape[:3], v.shape[-1])
+        return far[..., :-1], far[..., -1:], kept
+    fq = module.features("W_q", rows(q, at[:, 2 * w :] - 2 * w, cu_seqlens).flatten(1, 2)).to(sums.dtype).unflatten(1, (-1, w))
     far = torch.einsum("rbwhf,rbhfv->rbwhv", fq, before[:, 1 : blocks + 1]).flatten(1, 2)
     if cu_seqlens is None:
         token = torch.arange(longest, device=device) + late
-        return far[torch.arange(far.shape[0], device=device)[:, None], token], kept
-    return far[stream.row, stream.offset + late[stream.row, 0]][None], kept
+        far = far[torch.arange(far.shape[0], device=device)[:, None], token]
+    else:
+        far = far[stream.row, stream.offset + late[stream.row, 0]][None]
+    return far[..., :-1], far[..., -1:], kept
 
 
 def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
     """One token: what leaves the window enters the sums, then the token sees both."""
-    given, dtype, w = q.dtype, compute_dtype(q), module.window
+    dtype, w = compute_dtype(q), module.window
     length = state.length[:, None]
     k, v = torch.cat([state["k"], k], 1), torch.cat([state["v"], v], 1)
     k_pos = length + torch.arange(-module.held, 1, device=q.device)
@@ -236,11 +266,11 @@ def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tupl
     real = k_pos[:, :leaving] >= 0
     real = real if module.window_form == "sw" else real & (length % w == 0)
     gone = expand_heads(with_ones(wide_v[:, :leaving], real), module.heads)
-    sums = state["S"] + module.features("W_k", wide_k[:, :leaving]).permute(0, 2, 3, 1) @ gone.transpose(1, 2)
+    sums = state["S"] + module.features("W_k", k[:, :leaving]).to(dtype).permute(0, 2, 3, 1) @ gone.transpose(1, 2)
     layout = module.layout(1, module.held + 1)
     near = sparse_attention(wide_q, wide_k, wide_v, layout, q_pos=length, k_pos=k_pos, return_lse=True, return_max=True)
-    far = (module.features("W_q", wide_q).transpose(1, 2) @ sums).transpose(1, 2)
-    return module.combine(near, far, given), {"S": sums, "k": k[:, 1:], "v": v[:, 1:]}
+    far = (module.features("W_q", q).to(dtype).transpose(1, 2) @ sums).transpose(1, 2)
+    return module.combine(near, far[..., :-1], far[..., -1:]).to(q.dtype), {"S": sums, "k": k[:, 1:], "v": v[:, 1:]}
 
 
 def reference(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, *, rotary: Rotary | None = None, **_: object) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from subquad.checks import InputError, nearest
 from subquad.contract import Attention, Call, Card, Shape, register
 from subquad.ops.common import expand_heads
-from subquad.ops.feature_maps import exp_halves, project_heads, softmax2, softmax_halves
+from subquad.ops.feature_maps import exp_halves, feature_dtype, project_heads, softmax2, softmax_halves
 from subquad.ops.linear import linear_attention
 from subquad.ops.moments import moment_attention
 from subquad.rotary import Rotary, rotate
@@ -67,7 +67,7 @@ class Hedgehog(Attention):
     card = Card(
         title="Hedgehog", paper="arXiv 2402.04347", family="linear", causal=True, bidirectional=True, recurrent=True,
         summary="Linear attention on a learned feature map that mimics softmax: spiky and monotone.",
-        flops=_flops, bytes_moved=lambda s, **_: s.tensor_bytes, state_bytes=_state_bytes,
+        flops=_flops, bytes_moved=lambda s, **_: s.tensor_bytes, state_bytes=_state_bytes, bf16_state=2e-3,
         keeps="for each of {kv_heads} key heads a sum over tokens of 2·feature_dim × ({value_dim} + 1) numbers in float32",
     )  # fmt: skip
 
@@ -97,9 +97,9 @@ class Hedgehog(Attention):
             self.register_parameter(f"b_{name}", bias)
 
     def features(self, name: Literal["q", "k"], x: Tensor) -> Tensor:
-        """φ of (rotated) queries or keys ``[B, N, heads, D]``, in float32 or float64: ``[B, N, heads, 2F]``."""
+        """φ of (rotated) queries or keys ``[B, N, heads, D]``, in their dtype (float32 for float16): ``[B, N, heads, 2F]``."""
         y = project_heads(x, getattr(self, f"W_{name}"), getattr(self, f"b_{name}"))
-        return FEATURES[self.feature_map](y)
+        return FEATURES[self.feature_map](y, feature_dtype(x))
 
     def feature_pair(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """φ_q of rotated q and φ_k of rotated k, both for each query head: ``[B, N, H, 2F]``."""

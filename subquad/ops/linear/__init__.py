@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from subquad.checks import InputError, check_cu_seqlens, check_qkv, check_tensor, compute_dtype, shape_of
 from subquad.ops import step
-from subquad.ops.common import kernels_serve, spans
+from subquad.ops.common import kernels_serve, padded, spans
 from subquad.ops.linear.chunked import LinearAttention, linear_step
 
-__all__ = ["linear_attention"]
+__all__ = ["linear_attention", "linear_sums"]
 
 
 def linear_attention(
@@ -49,38 +50,90 @@ def linear_attention(
     Returns:
         o ``[B, N, H, V]`` in the dtype of q, or (o, state).
     """
-    heads, dtype = _check(q, k, v, log_decay, normalize, initial_state, cu_seqlens)
+    _, dtype = _check(q, k, v, log_decay, normalize, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if normalize:  # a column of ones beside v: its output is the denominator, its state is z
-        v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
-        initial_state = None if initial_state is None else torch.cat([initial_state[0], initial_state[1][..., None]], -1)
+    run = partial(_run, q, k, log_decay=log_decay, scale=scale, keep=return_state, cu_seqlens=cu_seqlens)
+    if not normalize:
+        o, state = run(v, state=None if initial_state is None else initial_state.to(dtype), dtype=q.dtype)
+        return (o.to(q.dtype), state) if return_state else o.to(q.dtype)
+    start = None if initial_state is None else torch.cat([initial_state[0], initial_state[1][..., None]], -1).to(dtype)
+    o, total, state = _with_total(run, v, v.new_ones(*v.shape[:2], 1, 1), start, dtype)
+    o = (o / (total + eps)).to(q.dtype)
+    return (o, (state[..., :-1], state[..., -1])) if return_state else o
+
+
+def linear_sums(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    counts: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numerator and denominator of linear attention, for those who add to both: S_tᵀ q_t and z_tᵀ q_t.
+
+    Args:
+        q, k, v, log_decay, cu_seqlens: as `linear_attention` takes them.
+        counts: ``[B, N, 1, 1]`` in the dtype of v, how often a key counts in the denominator; None is once.
+        initial_state: S and z side by side, ``[B, Hs, D, V + 1]``.
+        return_state: also keep the state after the last token; it is of no use otherwise.
+
+    Returns:
+        numerator ``[B, N, H, V]`` in the dtype of q, denominator ``[B, N, H, 1]`` in float32 (float64 for float64), state.
+    """
+    _, dtype = _check(q, k, v, log_decay, False, None, cu_seqlens)
     state = None if initial_state is None else initial_state.to(dtype)
-    out_dtype = dtype if normalize else q.dtype
+    counts = v.new_ones(*v.shape[:2], 1, 1) if counts is None else counts
+    run = partial(_run, q, k, log_decay=log_decay, scale=1.0, keep=return_state, cu_seqlens=cu_seqlens)
+    o, total, state = _with_total(run, v, counts, state, q.dtype)
+    return o, total, state
+
+
+def _with_total(run: Any, v: Tensor, counts: Tensor, state: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of values in `dtype`, and of weights: a column beside v, or where that would double the kernels' tiles a pass of its own.
+
+    64 columns and one more are two tiles of 64, and 128 wide where the backward contracts them; rows of 65 bfloat16 are not
+    aligned either. A pass over one column computes q·k again and has a tile of 16.
+    """
+    q, k, wide = run.args[0], run.args[1], compute_dtype(v)
+    channels = run.keywords["log_decay"] is not None and run.keywords["log_decay"].dim() == 4  # q and k would be weighed twice
+    if v.shape[1] > 1 and not channels and padded(v.shape[3] + 1) > padded(v.shape[3]) and kernels_serve(q, q.shape[3], v.shape[3]):
+        s, z = (None, None) if state is None else (state[..., :-1].contiguous(), state[..., -1:].contiguous())
+        heads = max(k.shape[2], v.shape[2])
+        counts = counts if k.shape[2] == heads else counts.expand(-1, -1, heads, -1)
+        o, s = run(v, state=s, dtype=dtype)
+        total, z = run(counts, state=z, dtype=wide)
+        return o, total, torch.cat([s, z], -1) if run.keywords["keep"] else s
+    v = torch.cat([v, counts.expand(-1, -1, v.shape[2], -1)], -1)
+    o, state = run(v, state=state, dtype=wide)
+    assert state is not None
+    return o[..., :-1].to(dtype), o[..., -1:], state
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None, state: Tensor | None, scale: float, keep: bool,
+    cu_seqlens: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o in `dtype` or wider, and the state where it is to `keep`: the one place that chooses a path."""
     use_kernels = scale != 0 and kernels_serve(q, q.shape[3], v.shape[3])
-    # the one place that chooses a path
     if use_kernels and cu_seqlens is None and state is not None and step.available(q, k, v, log_decay, state):
-        o, state = step.recurrent_step(q, k, v, log_decay, None, state, scale, out_dtype)
-    elif use_kernels:
+        return step.recurrent_step(q, k, v, log_decay, None, state, scale, dtype)
+    if use_kernels:
         from subquad.ops.linear.fused import linear_attention as by_kernels
 
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device).contiguous()
-        o, state = by_kernels(q, k, v, log_decay, state, cu_seqlens, scale, return_state, out_dtype)
-    else:
-        log_decay = None if log_decay is None else log_decay.to(dtype)
-        if state is None:
-            state = torch.zeros(rows, heads, q.shape[3], v.shape[3], dtype=dtype, device=q.device)
-        if q.shape[1] == 1 and cu_seqlens is None:
-            o, state = linear_step(q, k, v, log_decay, state, scale)
-        else:
-            o, state = LinearAttention.apply(q, k, v, log_decay, state, scale, spans(q.shape[1], cu_seqlens), out_dtype)
-
-    if normalize:
-        o = o[..., :-1] / (o[..., -1:] + eps)
-    o = o.to(q.dtype)
-    if not return_state:
-        return o
-    return o, (state[..., :-1], state[..., -1]) if normalize else state
+        return by_kernels(q, k, v, log_decay, state, cu_seqlens, scale, keep, dtype)
+    wide = compute_dtype(q)
+    log_decay = None if log_decay is None else log_decay.to(wide)
+    if state is None:
+        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = torch.zeros(rows, max(k.shape[2], v.shape[2]), q.shape[3], v.shape[3], dtype=wide, device=q.device)
+    if q.shape[1] == 1 and cu_seqlens is None:
+        return linear_step(q, k, v, log_decay, state, scale)
+    return LinearAttention.apply(q, k, v, log_decay, state, scale, spans(q.shape[1], cu_seqlens), dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, normalize: bool, state: Any, cu_seqlens: Any) -> tuple[int, torch.dtype]:

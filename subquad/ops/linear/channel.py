@@ -68,7 +68,7 @@ def unweigh(
     heads, sequences, g = weighed.k.shape[2], count_sequences(aq, cu), by_rows(g)
     if at_end is None and dg is not None:
         at_end = aq.new_zeros(sequences, heads, width)
-    tile = min(64, padded(width))
+    tile = min(64 if total == heads else 32, padded(width))  # groups are walked head by head, which more programs make up for
     if aq.numel():
         launcher(
             unweigh_kernel, H=total, HS=heads, D=width, BT=tile, C=CHUNK, GATE=dg is not None, PACKED=cu is not None, STAGES=2,

@@ -92,7 +92,7 @@ def unweigh_kernel(
         tk = load_tile(k_hat + (at * HS + i_s) * D, HS * D, rows, left, ds, D, DP).to(tl.float32)
         if GATE:
             flow = load_tile(dg + (at * HS + i_s) * D, HS * D, rows, left * mark, ds, D, DP)
-        for r in tl.static_range(H // HS):
+        for r in tl.range(0, H // HS, num_stages=STAGES):  # not unrolled: loads ahead for every head would not fit
             i_h = i_s * (H // HS) + r
             here = (at * H + i_h) * D
             x = load_tile(aq + here, H * D, rows, left, ds, D, DP).to(tl.float32) * scale

@@ -18,7 +18,7 @@ Near = tuple[Tensor, Tensor, Tensor]  # o [B, N, H, V], and lse and max [B, N, H
 def recent_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, state: State | None = None, *, cu_seqlens: Tensor | None = None, keep: bool = False
 ) -> tuple[Near, dict[str, Tensor]]:
-    """Attention to the last `window` tokens, in float32 or float64.
+    """Attention to the last `window` tokens; lse and max are float32, or float64 for float64.
 
     Args:
         q, k, v: turned already, ``[B, N, H, D]``, ``[B, N, Hs, D]``, ``[B, N, Hs, V]``.
@@ -30,18 +30,16 @@ def recent_attention(
     Returns:
         (o, lse, max), and "k" and "v" for the next state, in the dtype of k and v; none at the start unless `keep`.
     """
-    dtype = compute_dtype(q)
     if state is not None and cu_seqlens is None and q.shape[1] == 1:
         joined = torch.cat([state["k"][:, 1:], k], 1), torch.cat([state["v"][:, 1:], v], 1)
-        wide_q, wide_k, wide_v = (x.to(dtype) for x in (q, *joined))
+        wide_q, wide_k, wide_v = (x.to(compute_dtype(q)) for x in (q, *joined))
         k_pos = state.length[:, None] + torch.arange(1 - window, 1, device=q.device)
-        near = sparse_attention(wide_q, wide_k, wide_v, Layout.dense(1, window), k_pos=k_pos, return_lse=True, return_max=True)
-        return near, {"k": joined[0], "v": joined[1]}
+        o, lse, top = sparse_attention(wide_q, wide_k, wide_v, Layout.dense(1, window), k_pos=k_pos, return_lse=True, return_max=True)
+        return (o.to(q.dtype), lse, top), {"k": joined[0], "v": joined[1]}
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if state is None:
         layout = Layout.window(q.shape[1], window)
-        wide_q, wide_k, wide_v = (x.to(dtype) for x in (q, k, v))
-        near = sparse_attention(wide_q, wide_k, wide_v, layout, cu_seqlens=cu_seqlens, return_lse=True, return_max=True)
+        near = sparse_attention(q, k, v, layout, cu_seqlens=cu_seqlens, return_lse=True, return_max=True)
         if not keep:
             return near, {}
         old = k.new_zeros(rows, window, *k.shape[2:]), v.new_zeros(rows, window, *v.shape[2:])
@@ -50,8 +48,7 @@ def recent_attention(
     stream = Stream(window, rows, q.shape[1], cu_seqlens, q.device)
     joined = stream.join(old[0], k), stream.join(old[1], v)
     if state is not None:
-        wide_q, wide_k, wide_v = (x.to(dtype) for x in (q, *joined))
-        near = attend_behind(wide_q, wide_k, wide_v, lambda n, m: Layout.window(n, window, m=m), stream, state.length)
+        near = attend_behind(q, *joined, lambda n, m: Layout.window(n, window, m=m), stream, state.length)
     return near, {"k": stream.last(joined[0], window), "v": stream.last(joined[1], window)}
 
 

@@ -61,7 +61,7 @@ def test_captured_steps_teach_the_same(name, accumulate, monkeypatch):
             losses += subquad.distill(model, copy.deepcopy(tiny()), tokens, steps=8, batch=2, length=64, progress=False).losses
         losses += finetune(model, tokens, steps=8, batch=2, length=64, accumulate=accumulate, lr=1e-3, progress=False).losses
         taught.append(torch.tensor(losses))
-    assert torch.equal(*taught)
+    torch.testing.assert_close(*taught, rtol=1e-4, atol=0)  # the libraries' matrix products may cut their sums otherwise
 
 
 @pytest.mark.gpu

@@ -143,12 +143,9 @@ class Lolcats(Attention):
         o, lse, top = near
         g = self.window_factor.to(lse.dtype).sigmoid()
         near_mass = (g * (lse - top).exp())[..., None]
-        if self.affine_factors:
-            weight = (1 - g)[:, None]
-            total = near_mass + weight * mass
-            return near_mass / total * o + weight / total * far
-        total = near_mass + mass
-        return near_mass / total * o + far / total
+        weight = (1 - g)[:, None] if self.affine_factors else 1
+        share = (near_mass + weight * mass).reciprocal()  # not a division of the sums, whose gradient takes more passes over them
+        return near_mass * share * o + weight * share * far
 
 
 def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:

@@ -131,10 +131,33 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 
 @full_precision
 def project_heads(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear map per head, x ``[B, N, H, D]`` by weight ``[H, D, F]`` and bias ``[H, F]``, in float32 or float64."""
-    dtype = compute_dtype(x)
-    y = (x.to(dtype).transpose(1, 2) @ weight.to(dtype)).transpose(1, 2)
+    """A linear map per head in float32 or float64, as one product per head of x for all rows.
+
+    Args:
+        x: ``[B, N, Hx, D]``.
+        weight: ``[H, D, F]``; Hx divides H, and heads of x are shared by maps that follow each other.
+        bias: ``[H, F]``.
+
+    Returns:
+        ``[B, N, H, F]``.
+    """
+    y = _project(x, weight).flatten(2, 3)
     return y if bias is None else y + bias
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """``[B, N, Hx, H / Hx, F]``."""
+    dtype, heads = compute_dtype(x), x.shape[2]
+    each = weight.to(dtype).unflatten(0, (heads, -1))  # [Hx, H / Hx, D, F]
+    rows = x.to(dtype).flatten(0, 1).transpose(0, 1)  # [Hx, B · N, D]
+    y = rows @ each.transpose(1, 2).flatten(2)
+    return y.transpose(0, 1).unflatten(0, x.shape[:2]).unflatten(-1, each.shape[1::2])
+
+
+@full_precision
+def project_softmax_halves(x: Tensor, weight: Tensor) -> Tensor:
+    """`softmax_halves` of `project_heads`, rounded to `feature_dtype`: ``[B, N, H, 2F]``."""
+    return softmax_halves(_project(x, weight), feature_dtype(x)).flatten(2, 3)
 
 
 def feature_map(name: str | FeatureMap | None) -> FeatureMap:

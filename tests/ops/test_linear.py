@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.checks import InputError
-from subquad.ops.linear import linear_attention
+from subquad.ops.linear import linear_attention, linear_sums
 from subquad.ops.linear.reference import linear_attention as reference
 
 KINDS = ("none", "head", "token", "channel")
@@ -263,3 +263,29 @@ def test_gradients_compiled_by_inductor():
     expected = torch.autograd.grad((linear_attention(q, k, v, scale=1.0) * w).sum(), (q, k, v))
     for found, right in zip(torch.autograd.grad((compiled(q, k, v) * w).sum(), (q, k, v)), expected):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["off", "on"])
+@pytest.mark.parametrize("heads", [(2, 2), (1, 2), (2, 1)], ids=str)
+def test_sums_of_values_and_of_weights(kernels, heads, monkeypatch):
+    """Against all pairs: Σ_j (q_i·k_j) v_j and Σ_j (q_i·k_j) c_j, behind sums that came before."""
+    if kernels == "on":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("SUBQUAD_KERNELS", kernels)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (torch.rand(1, 70, h, d, device=device, requires_grad=True) for h, d in ((4, 32), (heads[0], 32), (heads[1], 16)))
+    counts = (torch.arange(70, device=device) % 3 > 0).float()[None, :, None, None]
+    start = torch.rand(1, 2, 32, 17, device=device)
+    o, total, state = linear_sums(q, k, v, counts=counts, initial_state=start, return_state=True)
+    wide = [x.repeat_interleave(4 // x.shape[2], 2).double() for x in (q, k, v)]
+    values = torch.cat([wide[2], counts.double().expand(1, 70, 4, 1)], -1)
+    pairs = torch.einsum("bnhd,bmhd->bhnm", *wide[:2]).tril()
+    every = torch.einsum("bhnm,bmhv->bnhv", pairs, values)
+    want = every + torch.einsum("bnhd,bhdv->bnhv", wide[0], start.double().repeat_interleave(2, 1))
+    last = start + torch.einsum("bmhd,bmhv->bhdv", wide[1], values)[:, ::2]
+    close(torch.cat([o, total], -1).double(), want, 1e-5)
+    close(state.double(), last, 1e-5)
+    found = torch.autograd.grad(o.sum() + total.square().sum(), (q, k, v))
+    expected = torch.autograd.grad(want[..., :-1].sum() + want[..., -1].square().sum(), (q, k, v))
+    for a, b in zip(found, expected):
+        close(a, b, 1e-5)

@@ -135,7 +135,7 @@ class Lawcat(GatedLinearAttention):
             weight, far = (g * (lse - top).exp())[..., None], 1 - g[:, None] if self.affine_factors else 1
             mass = weight + far * mass + EPS
             return ((weight / mass) * near + (far / mass) * total).to(q.dtype), tensors
-        return (total / (mass + EPS)).to(q.dtype), tensors
+        return (total * (mass + EPS).reciprocal()).to(q.dtype), tensors
 
 
 def reference(

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from subquad.checks import InputError, compute_dtype
 from subquad.contract import Attention, Call, Card, Shape, register
 from subquad.ops.common import expand_heads
-from subquad.ops.feature_maps import feature_dtype, project_heads, softmax_halves
+from subquad.ops.feature_maps import project_softmax_halves
 from subquad.ops.linear import linear_sums
 from subquad.ops.sparse import Layout, sparse_attention
 from subquad.ops.sparse.recent import Near, attend_behind
@@ -110,7 +110,7 @@ class Lolcats(Attention):
 
     def features(self, name: Literal["W_q", "W_k"], x: Tensor) -> Tensor:
         """φ of rotated queries or keys ``[B, N, ·, D]``: ``[B, N, H, 2F]``, in their dtype (float32 for float16)."""
-        return softmax_halves(project_heads(expand_heads(x, self.heads), self.get_parameter(name)), feature_dtype(x))
+        return project_softmax_halves(x, self.get_parameter(name))
 
     def feature_pair(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """φ_q of rotated q and φ_k of rotated k, both for each query head: ``[B, N, H, 2F]``."""
@@ -143,12 +143,9 @@ class Lolcats(Attention):
         o, lse, top = near
         g = self.window_factor.to(lse.dtype).sigmoid()
         near_mass = (g * (lse - top).exp())[..., None]
-        if self.affine_factors:
-            weight = (1 - g)[:, None]
-            total = near_mass + weight * mass
-            return near_mass / total * o + weight / total * far
-        total = near_mass + mass
-        return near_mass / total * o + far / total
+        weight = (1 - g)[:, None] if self.affine_factors else 1
+        share = (near_mass + weight * mass).reciprocal()  # not a division of the sums, whose gradient takes more passes over them
+        return near_mass * share * o + weight * share * far
 
 
 def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:

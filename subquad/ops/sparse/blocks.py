@@ -99,23 +99,35 @@ def seen_pairs(
     seen, q, q1, q2, k, k1, k2, q_sequence, k_sequence, q_token, k_token, number, bits, starts, stops,
     RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Which pairs of a partial tile are seen, of those that are `seen` so far: by the rule, sequences, bitmap `number` and runs."""
+    """Which pairs of a partial tile are seen, of those `seen` so far (None: all): by the rule, sequences, bitmap `number` and runs."""
     if RULE is not None:
-        seen = seen & RULE(q, q1, q2, k, k1, k2)
+        seen = both(seen, RULE(q, q1, q2, k, k1, k2))
     if q_sequence is not None:
-        seen = seen & (q_sequence == k_sequence)
+        seen = both(seen, q_sequence == k_sequence)
     if bits is not None:
         words: tl.constexpr = (BLOCK_K + 31) // 32
         of_block = bits + tl.maximum(number, 0).to(tl.int64) * (BLOCK_Q * words)
         of_key = k_token % BLOCK_K
-        word = tl.load(of_block + q_token % BLOCK_Q * words + of_key // 32, mask=seen & (number >= 0), other=-1)
-        seen = seen & ((word >> (of_key % 32) & 1) != 0)
+        word = tl.load(of_block + q_token % BLOCK_Q * words + of_key // 32, mask=both(seen, number >= 0), other=-1)
+        seen = both(seen, (word >> (of_key % 32) & 1) != 0)
     if starts is not None:
         inside = k_token < 0
         for r in range(RUNS):
             inside = inside | ((k_token >= tl.load(starts + r)) & (k_token < tl.load(stops + r)))
-        seen = seen & inside
-    return seen
+        seen = both(seen, inside)
+    if seen is None:
+        return k_token >= 0
+    else:
+        return seen
+
+
+@triton.jit
+def both(a, b):
+    """a & b; None is true of all."""
+    if a is None:
+        return b
+    else:
+        return a & b
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def query_kernel(
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, S: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr, REACH: tl.constexpr,
-    CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
+    BELOW: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """o ``[B, N, H, V]``, lse and max ``[B, N, H]``; or (GRAD) q̇, what falls to slopes and factors, and lse and δ in the order
     of `key_kernel`'s tiles of queries ``[B, H, row_tiles · S]``. Program: a tile of M queries, a head, a batch row."""
@@ -115,7 +115,9 @@ def query_kernel(
             if PARTIAL:
                 number = 0 if numbers is None else tl.load(numbers + item)
                 ks = None if sequence is None else tl.load(sequence + begin + near, mask=k_in, other=-2)[None, :]
-                seen = k_in[None, :] if k_pos is None else k_in[None, :] & (kp >= 0)
+                seen = None if BELOW else k_in[None, :]
+                if k_pos is not None:
+                    seen = k_in[None, :] & (kp >= 0)
                 seen = seen_pairs(
                     seen, qp, q1[:, None], q2[:, None], kp, k1[None, :], k2[None, :], qs, ks, (first + rows)[:, None],
                     (begin + near)[None, :], number, bits, runs, ends, RULE, BLOCK_Q, BLOCK_K, RUNS,
@@ -237,7 +239,7 @@ def key_kernel(
                     qs = None if sequence is None else tl.load(sequence + begin + near, mask=q_in, other=-1)[None, :]
                     runs = None if starts is None else starts + (which * blocks + begin // BLOCK_Q) * RUNS
                     ends = None if stops is None else stops + (which * blocks + begin // BLOCK_Q) * RUNS
-                    seen = k_in[:, None] if k_pos is None else k_in[:, None] & (kp >= 0)
+                    seen = None if k_pos is None else kp >= 0  # keys that are not there are not written either
                     seen = seen_pairs(
                         seen, qp, q1[None, :], q2[None, :], kp, k1[:, None], k2[:, None], qs, ks, (begin + near)[None, :],
                         (first + rows)[:, None], number, bits, runs, ends, RULE, BLOCK_Q, BLOCK_K, RUNS,

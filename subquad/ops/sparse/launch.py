@@ -14,7 +14,7 @@ from subquad.ops.launcher import Launcher, launcher
 from subquad.ops.sparse import kernels
 from subquad.ops.sparse.compiled import triton_rule
 from subquad.ops.sparse.patterns import Listed
-from subquad.ops.sparse.rules import EVERYTHING, Rule
+from subquad.ops.sparse.rules import EVERYTHING, Causal, Rule, Terrace, Window
 from subquad.ops.sparse.visits import Lists, Tiling
 
 
@@ -42,6 +42,7 @@ TABLE: dict[tuple[str, int, int, bool], Tile] = {
     ("key", 64, 16, True): Tile(32, 64, 4, 3),
     ("key", 128, 16, True): Tile(32, 64, 4, 3),
 }
+BELOW = Causal, Window, Terrace  # no key after the query is seen, and so none after the last: nothing asks whether a key is there
 CAREFUL = Tile(64, 32, 4, 1)  # what was not measured
 
 
@@ -231,7 +232,9 @@ def _launcher(
     named = {f"{letter}{axis}": side for letter, box in boxes.items() for axis, side in enumerate(box)}
     everything = rule == EVERYTHING or isinstance(rule, Listed)
     rows_by = dict(zip(("QN", "KN", "VN", "ON"), steps))  # known when compiled: a tile's rows then need one address, not one each
-    which: dict[str, Any] = {"HS": shared} if kernel == "key" else {"GRAD": kernel == "query", "S": order.q}
+    which: dict[str, Any] = (
+        {"HS": shared} if kernel == "key" else {"GRAD": kernel == "query", "S": order.q, "BELOW": isinstance(rule, BELOW)}
+    )
     heads_of = {"H": heads, "GQ": heads // q_heads, "GK": heads // k_heads, "GV": heads // v_heads, "LISTS": list_heads, "ROWS": rows}
     return launcher(
         kernels.key_kernel if kernel == "key" else kernels.query_kernel, **which, **rows_by, **heads_of, **named, D=width, BD=padded(width),

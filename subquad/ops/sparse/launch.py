@@ -180,6 +180,7 @@ def _run(
         tuple(one[1] for one in by),
         kernel, how.rule, tiles, order, x.q.dtype, x.q.shape[3], x.v.shape[3], rank, x.heads, shared, x.q.shape[2], x.k.shape[2],
         x.v.shape[2], lists.heads, lists.rows > 1, how.block_q, how.block_k, runs, reach, how.softcap, plain,
+        x.q_pos is None and isinstance(how.rule, BELOW),
     )  # fmt: skip
     blocks = -(-n // how.block_q) if how.block_q else 0
     given = (x.q, x.k, x.v, lists.offsets, lists.items, lists.order, lists.numbers, *x[3:])
@@ -218,7 +219,7 @@ def _launcher(
     steps: tuple[int, ...],
     kernel: str, rule: Rule, tiles: Tiling, order: Tiling, dtype: torch.dtype, width: int, values: int, rank: int, heads: int,
     shared: int, q_heads: int, k_heads: int, v_heads: int, list_heads: int, rows: bool, block_q: int, block_k: int, runs: int,
-    reach: int, softcap: float, plain: bool,
+    reach: int, softcap: float, plain: bool, below: bool,
 ) -> Launcher:  # fmt: skip
     tile = tile_of(kernel, max(width, values), 8 * dtype.itemsize, bool(tiles.grid), block_q, block_k)
 
@@ -232,9 +233,7 @@ def _launcher(
     named = {f"{letter}{axis}": side for letter, box in boxes.items() for axis, side in enumerate(box)}
     everything = rule == EVERYTHING or isinstance(rule, Listed)
     rows_by = dict(zip(("QN", "KN", "VN", "ON"), steps))  # known when compiled: a tile's rows then need one address, not one each
-    which: dict[str, Any] = (
-        {"HS": shared} if kernel == "key" else {"GRAD": kernel == "query", "S": order.q, "BELOW": isinstance(rule, BELOW)}
-    )
+    which: dict[str, Any] = {"HS": shared} if kernel == "key" else {"GRAD": kernel == "query", "S": order.q, "BELOW": below}
     heads_of = {"H": heads, "GQ": heads // q_heads, "GK": heads // k_heads, "GV": heads // v_heads, "LISTS": list_heads, "ROWS": rows}
     return launcher(
         kernels.key_kernel if kernel == "key" else kernels.query_kernel, **which, **rows_by, **heads_of, **named, D=width, BD=padded(width),

@@ -196,7 +196,32 @@ def speed(bench: Bench) -> list[dict[str, Any]]:
             rates = " / ".join("–" if t is None else f"{flops * times / t / 1e9:.0f}" for t, times in zip(ms, (1, 3.5)))
             add(one.name, str(list(one.shape)), name, *(case.get("error", "–") if t is None else show(t) for t in ms), called(case), rates)
         found += torch_found
+    verdicts(bench, found)
     return found
+
+
+def verdicts(bench: Bench, found: list[dict[str, Any]]) -> None:
+    """How many times faster than the best of FlexAttention's options, than tiles of neighbouring indices, and the share of cuDNN's speed."""
+    add = bench.table("Times faster, on the device", "layout", "than", "forward", "bar", "forward + backward", "bar ")
+    for one in SPEEDS:
+        by_name = {case["name"]: case for case in found if case["layout"] == one.name}
+        mine = by_name.pop("subquad", None)
+        if mine is None or not mine["both_ms"]:
+            continue
+        rivals = {
+            "FlexAttention": ([case for name, case in by_name.items() if name.startswith("Flex")], one.bars),
+            "tiles of neighbouring indices": ([case for name, case in by_name.items() if name.endswith("indices")], (1.3, 1.3)),
+            "cuDNN": ([case for name, case in by_name.items() if name == "cuDNN"], (0.7, None)),
+        }
+        for rival, (cases, bars) in rivals.items():
+            cells = []
+            for key, bar in zip(("forward_ms", "both_ms"), bars):
+                times = [case[key] for case in cases if case[key]]
+                factor = min(times) / mine[key] if times else None
+                met = "" if bar is None or factor is None else f"{bar}, {'met' if factor >= bar else 'missed'}"
+                cells += [show(factor, "{:.2f}"), met or "–"]
+            if cases:
+                add(one.name, rival, *cells)
 
 
 class raster:

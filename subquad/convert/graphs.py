@@ -75,8 +75,9 @@ class Graphed:
         static, graph, device = ids.clone(), torch.cuda.CUDAGraph(), ids.device
         here, failed = torch.cuda.current_stream(device), None
         try:
-            # torch leaves a capture that was broken off on its stream, and by itself captures on the current device
-            with torch.cuda.stream(here), torch.cuda.graph(graph, stream=_side(device)):
+            # torch leaves a capture that was broken off on its stream, and by itself captures on the current device; "thread_local",
+            # as threads that compile or load data may call CUDA meanwhile
+            with torch.cuda.stream(here), torch.cuda.graph(graph, stream=_side(device), capture_error_mode="thread_local"):
                 result = self.step({"input_ids": static}, *constants)
             self.captured = Captured(graph, static, result, [p.grad for p in self.parameters])
         except Exception as error:  # a mechanism may read the device, or there is no memory for it

@@ -46,7 +46,7 @@ class Graphed:
     def __call__(self, batch: dict[str, Any], *constants: Any) -> Tensor:
         """`constants` are handed on to the function; another value makes another graph."""
         key = self._key(batch, constants) if self.able else None
-        if key != self.key:  # the graph goes: its memory is needed, and what it reads may be forgotten where other batches run
+        if key != self.key:  # the graph goes: another batch needs its memory, and notes what a replay would not note anew
             self.key, self.seen, self.captured = key, 0, None
         if key is None:
             return self.step(batch, *constants)

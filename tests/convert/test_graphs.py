@@ -44,7 +44,7 @@ def test_on_the_cpu_every_step_runs_as_it_is():
 
 
 def test_a_graph_goes_when_another_kind_of_batch_comes(monkeypatch):
-    """It holds memory that the other may need, and reads tensors that are remembered for as long as nothing pushes them out."""
+    """It holds memory that the other may need, and what a step notes of its batch, such as its tokens, no replay notes anew."""
     p, replays = nn.Parameter(torch.zeros(1)), []
 
     def step(batch):

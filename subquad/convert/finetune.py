@@ -251,8 +251,10 @@ def summed_loss(logits: Tensor, labels: Tensor, target: Tensor | None = None, we
     if weight < 1:
         total = total + (1 - weight) * F.nll_loss(log_p.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
     if target is not None and weight:
-        away = F.kl_div(log_p, target.to(wide).log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        total = total + weight * away.where(labels != -100, 0.0).sum()
+        there = labels != -100
+        target = target.to(wide).where(there[..., None], 0.0).log_softmax(-1)  # whose gradient is no number times 0 where it is none
+        away = F.kl_div(log_p, target, reduction="none", log_target=True).sum(-1)
+        total = total + weight * away.where(there, 0.0).sum()
     return total
 
 

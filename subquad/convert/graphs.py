@@ -6,13 +6,23 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 WARM = 3  # batches that run as they are first: they compile kernels and make what is made once
 SWITCH = "SUBQUAD_GRAPHS"  # "off" runs every step as it is
+
+
+class Captured(NamedTuple):
+    """A graph, and the tensors that its replays read and write."""
+
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    result: Tensor
+    grads: list[Tensor | None]
 
 
 class Graphed:
@@ -27,56 +37,83 @@ class Graphed:
     """
 
     def __init__(self, step: Callable[..., Tensor], parameters: Iterable[nn.Parameter]) -> None:
-        self.step, self.parameters = step, list(parameters)
+        self.step, self.parameters = step, list(dict.fromkeys(parameters))
         self.able = os.environ.get(SWITCH, "auto") != "off"
         self.key: Any = None
         self.seen = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.captured: Captured | None = None
 
     def __call__(self, batch: dict[str, Any], *constants: Any) -> Tensor:
         """`constants` are handed on to the function; another value makes another graph."""
-        ids = batch.get("input_ids")
-        if not self.able or not plain(batch) or not isinstance(ids, Tensor) or ids.device.type != "cuda":
+        key = self._key(batch, constants) if self.able else None
+        if key != self.key:  # the graph goes: another batch needs its memory, and notes what a replay would not note anew
+            self.key, self.seen, self.captured = key, 0, None
+        if key is None:
             return self.step(batch, *constants)
-        key = (ids.shape, ids.dtype, ids.device, *constants)
-        if key != self.key:
-            self.key, self.seen, self.graph = key, 0, None
-        if self.graph is None:
+        if self.captured is None:
             self.seen += 1
-            if self.seen <= WARM or not self._capture(ids, constants):
+            if self.seen <= WARM or not self._capture(batch["input_ids"], constants):
                 return self.step(batch, *constants)
-        assert self.graph is not None
+        assert self.captured is not None
         before = [p.grad for p in self.parameters]
-        self.ids.copy_(ids)
-        self.graph.replay()
-        self._add(before)
-        return self.result.clone()
+        self.captured.ids.copy_(batch["input_ids"])
+        self.captured.graph.replay()
+        self._add(self.captured.grads, before)
+        return self.captured.result.clone()
+
+    def _key(self, batch: dict[str, Any], constants: tuple[Any, ...]) -> Any:
+        """What batches of one graph have in common; None where there can be none."""
+        ids = batch.get("input_ids")
+        if not plain(batch) or not isinstance(ids, Tensor) or ids.device.type != "cuda":
+            return None
+        return (ids.shape, ids.dtype, ids.device, *constants)
 
     def _capture(self, ids: Tensor, constants: tuple[Any, ...]) -> bool:
         before = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None  # the graph makes them anew, always in the same place
-        self.ids, graph = ids.clone(), torch.cuda.CUDAGraph()
-        torch.cuda.empty_cache()  # the graph has memory of its own
+        static, graph, device = ids.clone(), torch.cuda.CUDAGraph(), ids.device
+        here, failed = torch.cuda.current_stream(device), None
         try:
-            with torch.cuda.graph(graph):
-                self.result = self.step({"input_ids": self.ids}, *constants)
-            self.graph, self.grads = graph, [p.grad for p in self.parameters]
+            # torch leaves a capture that was broken off on its stream, and by itself captures on the current device; "thread_local",
+            # as threads that compile or load data may call CUDA meanwhile
+            with torch.cuda.stream(here), torch.cuda.graph(graph, stream=_side(device), capture_error_mode="thread_local"):
+                result = self.step({"input_ids": static}, *constants)
+            self.captured = Captured(graph, static, result, [p.grad for p in self.parameters])
         except Exception as error:  # a mechanism may read the device, or there is no memory for it
-            self.able = False
-            warnings.warn(f"training without a CUDA graph: {type(error).__name__}: {error}", stacklevel=2)
-        for p, grad in zip(self.parameters, before):
-            p.grad = grad
-        return self.able
+            if isinstance(error.__context__, KeyboardInterrupt):  # under the error of a capture that it broke off
+                raise error.__context__ from None
+            failed = f"{type(error).__name__}: {error}"
+        finally:
+            for p, grad in zip(self.parameters, before):
+                p.grad = grad
+        if failed is None:
+            return True
+        self.able, self.key = False, None
+        graph.reset()
+        _broken.append(graph)
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())  # the old one may still wait for the end of the capture
+        warnings.warn(f"training without a CUDA graph: {failed}", stacklevel=2)
+        return False
 
     @torch.no_grad()
-    def _add(self, before: list[Tensor | None]) -> None:
+    def _add(self, grads: list[Tensor | None], before: list[Tensor | None]) -> None:
         """The graph's gradients, in memory that the next replay does not write, and added to those that were there."""
-        there = [(i, grad) for i, grad in enumerate(self.grads) if grad is not None]
+        there = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         fresh = torch._foreach_mul([grad for _, grad in there], 1.0) if there else []
         for (i, _), grad in zip(there, fresh):
             old = before[i]
             self.parameters[i].grad = grad if old is None else old.add_(grad)
+
+
+_broken: list[torch.cuda.CUDAGraph] = []  # the allocator may go on asking them whether memory is theirs
+
+
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device's captures: one, as the libraries keep a workspace for each."""
+    return torch.cuda.Stream(device)
 
 
 def plain(batch: dict[str, Any]) -> bool:

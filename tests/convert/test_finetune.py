@@ -105,6 +105,16 @@ def test_labels_and_padding():
     assert float(summed_loss(scores, labels)) == pytest.approx(-float(scores[0, 1].log_softmax(0)[2] + scores[0, 2].log_softmax(0)[1]))
 
 
+def test_a_teacher_without_numbers_at_padding_teaches_the_rest():
+    scores, target = torch.randn(1, 3, 4, requires_grad=True), torch.randn(1, 3, 4)
+    target[0, 0] = torch.nan
+    loss = summed_loss(scores, torch.tensor([[-100, 2, 1]]), target, 1.0)
+    loss.backward()
+    p = target[0, 1:].softmax(-1)
+    assert loss.item() == pytest.approx(float((p * (p.log() - scores[0, 1:].detach().log_softmax(-1))).sum()), rel=1e-5)
+    torch.testing.assert_close(scores.grad[0], torch.cat([torch.zeros(1, 4), scores[0, 1:].detach().softmax(-1) - p]))
+
+
 def test_padding_does_not_count(model, tokens):
     row = tokens[None, :20]
     padded = {

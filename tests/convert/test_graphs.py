@@ -1,6 +1,7 @@
 """Training steps as CUDA graphs: gradients add up as without, and only plain batches are captured."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
 from subquad.convert.finetune import finetune
-from subquad.convert.graphs import WARM, Graphed, plain
+from subquad.convert.graphs import WARM, Captured, Graphed, plain
 from subquad.convert.swap import swapped
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -26,11 +27,10 @@ def test_replayed_gradients_are_added_to_those_that_are_there_and_not_written_ov
     p, still = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))
     graphed = Graphed(lambda batch: torch.zeros(()), [p, still])
     held = torch.tensor([1.0, 2.0, 3.0])
-    graphed.grads = [held, None]  # as a capture leaves them
     for replayed in ([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]):
         before = [x.grad for x in (p, still)]
         held.copy_(torch.tensor(replayed))
-        graphed._add(before)
+        graphed._add([held, None], before)  # as a capture leaves them
     assert p.grad.tolist() == [11.0, 22.0, 33.0] and still.grad is None
     held.zero_()
     assert p.grad.tolist() == [11.0, 22.0, 33.0]
@@ -40,7 +40,32 @@ def test_on_the_cpu_every_step_runs_as_it_is():
     seen = []
     graphed = Graphed(lambda batch, scale: seen.append(scale) or batch["input_ids"].sum() * scale, [])
     found = [graphed({"input_ids": torch.full((1, 2), n)}, 10).item() for n in range(WARM + 3)]
-    assert found == [20 * n for n in range(WARM + 3)] and len(seen) == WARM + 3 and graphed.graph is None
+    assert found == [20 * n for n in range(WARM + 3)] and len(seen) == WARM + 3 and graphed.captured is None
+
+
+def test_a_graph_goes_when_another_kind_of_batch_comes(monkeypatch):
+    """It holds memory that the other may need, and what a step notes of its batch, such as its tokens, no replay notes anew."""
+    p, replays = nn.Parameter(torch.zeros(1)), []
+
+    def step(batch):
+        p.grad = torch.ones(1) if p.grad is None else p.grad + 1
+        return torch.zeros(())
+
+    def capture(self, ids, constants):
+        graph = SimpleNamespace(replay=lambda: replays.append(1))
+        self.captured = Captured(graph, ids.clone(), torch.zeros(()), [torch.ones(1)])
+        return True
+
+    monkeypatch.setattr(Graphed, "_key", lambda self, batch, constants: batch["input_ids"].shape if plain(batch) else None)
+    monkeypatch.setattr(Graphed, "_capture", capture)
+    graphed, ids = Graphed(step, [p, p]), torch.zeros(1, 2, dtype=torch.long)
+    found = []
+    for kind in "pppppmppppl":
+        batch = {"input_ids": ids[:, :1] if kind == "l" else ids} | ({"attention_mask": ids} if kind == "m" else {})
+        graphed(batch)
+        found.append(graphed.captured is not None)
+    assert found == [False] * WARM + [True, True, False] + [False] * WARM + [True, False]
+    assert len(replays) == 3 and p.grad.item() == len(found)
 
 
 def tiny():
@@ -78,3 +103,29 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is():
         for _ in range(WARM + 2):
             graphed({"input_ids": ids})
     assert p.grad.item() == 2 * (WARM + 2) and not graphed.able
+    assert torch.cuda.current_stream() == torch.cuda.default_stream() and torch.rand(1, device="cuda").isfinite().all()
+    after, learn = nn.Parameter(torch.zeros(1, device="cuda")), []
+    good = Graphed(
+        lambda batch: (after * batch["input_ids"]).sum().backward() or learn.append(1) or torch.zeros((), device="cuda"), [after]
+    )
+    for _ in range(WARM + 3):
+        good({"input_ids": ids})
+    assert after.grad.item() == 2 * (WARM + 3) and len(learn) == WARM + 1
+
+
+@pytest.mark.gpu
+def test_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    p = nn.Parameter(torch.zeros(1, device="cuda:1"))
+
+    def step(batch):
+        loss = (p * batch["input_ids"]).sum()
+        loss.backward()
+        return loss.detach()
+
+    graphed = Graphed(step, [p])
+    for i in range(WARM + 3):
+        graphed({"input_ids": torch.full((1, 2), i, device="cuda:1")})
+    assert p.grad.item() == 2 * sum(range(WARM + 3)) and graphed.captured is not None
+    assert torch.cuda.current_device() == 0

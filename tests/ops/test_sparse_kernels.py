@@ -257,6 +257,24 @@ def test_strided_inputs():
         assert not views[0].is_contiguous() and torch.equal(sparse_attention(*views, Layout.causal(40)), want)
 
 
+@pytest.mark.parametrize("n", [1, 40])
+def test_steps_between_tokens_are_each_tensors_own(n):
+    """Cut from one projection, as they are, shared by all tokens, and a gradient that is: steps are compiled into the kernels."""
+    layout = Layout.window(n, 15)
+    whole = torch.randn(2, n, 3, 2, 16).to(DEVICE)
+    cut, shared = [whole[:, :, i] for i in range(3)], whole[:, :1, 0].expand(-1, n, -1, -1)
+    for q, k, v in (cut, [t.contiguous() for t in cut], [cut[0], shared, cut[2]], [shared, cut[1], cut[2].contiguous()]):
+        results = []
+        for attend, dtype in ((sparse_attention, torch.float32), (sparse_attention_reference, torch.float64)):
+            leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+            assert dtype == torch.float64 or [x.stride() for x in leaves] == [x.stride() for x in (q, k, v)]
+            o = attend(*leaves, layout)
+            o = o[0] if isinstance(o, tuple) else o
+            results.append([o, *torch.autograd.grad(o.sum(), leaves)])
+        for found, wanted in zip(*results):
+            assert (found.double() - wanted).abs().max() <= 3e-6 * wanted.abs().max().clamp_min(1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_its_inputs(dtype):
     layout = Layout.window(70, 19, 3)

@@ -201,7 +201,7 @@ def speed(bench: Bench) -> list[dict[str, Any]]:
 
 
 def verdicts(bench: Bench, found: list[dict[str, Any]]) -> None:
-    """How many times faster than the best of FlexAttention's options, than tiles of neighbouring indices, and the share of cuDNN's speed."""
+    """How many times faster than the best of FlexAttention's options, than tiles of neighbouring indices, and cuDNN's share."""
     add = bench.table("Times faster, on the device", "layout", "than", "forward", "bar", "forward + backward", "bar ")
     for one in SPEEDS:
         by_name = {case["name"]: case for case in found if case["layout"] == one.name}

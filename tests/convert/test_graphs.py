@@ -70,7 +70,12 @@ def test_a_graph_goes_when_another_kind_of_batch_comes(monkeypatch):
 
 def tiny():
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=50)).cuda()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=50))
+    with torch.no_grad():
+        for layer in model.model.layers:  # scores that tell keys apart, so that there is something to learn
+            layer.self_attn.q_proj.weight.mul_(20)
+            layer.self_attn.k_proj.weight.mul_(20)
+    return model.cuda()
 
 
 @pytest.mark.gpu

@@ -228,7 +228,7 @@ def _tiles_by_position(p: Problem, start: int, stop: int, keys: tuple[int, int])
             mask = mask.repeat_interleave(p.groups, 0)
         rows = slice(start + q0, start + q0 + q.shape[1])
         shifted = [slice(keys[0] + r.start, keys[0] + r.stop) for r in runs]
-        yield from _by_units(p, rows, shifted, [(slice(None), mask)], k.shape[1])
+        yield from _by_units(p, rows, shifted, [(slice(0, k.shape[1]), mask)], k.shape[1])
 
 
 def _given(pos: Tensor | None, start: int, stop: int, shift: int, p: Problem) -> Tensor:

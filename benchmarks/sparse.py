@@ -125,21 +125,24 @@ def tune_one(bench: Bench, kernel: str, boxes: bool, width: int, x: Inputs, layo
         if bench.cuda:
             rehearse(call)  # all compile side by side
         calls[tile] = (call, dict(launch.TABLE))
-    tried, wanted, wrong = [], None, []
-    for tile, (call, table) in calls.items():
+    right, wanted, wrong = [], None, []
+
+    def take(tile: Tile) -> Any:
+        call, table = calls[tile]
         launch.TABLE.clear()
         launch.TABLE.update(table)
         launch._launcher.cache_clear()
+        return call
+
+    for tile in tiles:  # all of them before any is timed, which compilers at work would disturb
         try:
-            got = call()
+            got = take(tile)()
             wanted = wanted or got
-            if all(error(got[name], wanted[name].double()) <= 2e-2 for name in wanted):
-                tried.append((tile, bench.ms(call)))
-            else:
-                wrong.append(tile)
+            (right if all(error(got[name], wanted[name].double()) <= 2e-2 for name in wanted) else wrong).append(tile)
         except Exception as reason:  # out of shared memory or registers
             wrong.append((*tile, failure(reason)))
             synchronize(bench.device)
+    tried = [(tile, bench.ms(take(tile))) for tile in right]
     tried.sort(key=lambda pair: pair[1])
     return {"kernel": kernel, "boxes": boxes, "D": width, "used": used, "used_ms": dict(tried).get(used), "tried": tried, "wrong": wrong}
 

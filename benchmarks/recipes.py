@@ -210,7 +210,8 @@ class Results:
 
 NOTES = [
     "Every run reads the same number of tokens; recipes of two stages share them as their files say, “original tuned” gets what these "
-    "tune with. Steps of 8 sequences of 1,024 tokens unless settings say otherwise; rates, ranks and schedules are the recipes’.",
+    "tune with. Steps of 8 sequences of 1,024 tokens unless settings say otherwise; rates, ranks and schedules are the recipes’ "
+    "where a title names no other.",
     "Perplexity on the end of Moby-Dick, which nothing was trained on, in windows without overlap; other text: version 3 of the GPL. "
     "The gap is that in nats a token between the swapped model untrained and the original.",
     "Recall: four numbers are stated, one is asked for so many tokens later; the right number is likelier than the others of the prompt "

@@ -126,6 +126,8 @@ def recipe_tables(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             groups[f"{label} without its linear part"] = [alone(run) for run in some]
     rows = sorted(groups.items(), key=lambda item: statistics.fmean(end(run) for run in item[1]))
     size = f", {main['tokens'] / 1e6:.3g} M tokens each" if "tokens" in main else ""
+    size += "".join(f", {words} {main[name]:g}" for name, words in RATES.items() if main.get(name) is not None)
+    size += f", loss {main['loss']}" if main.get("loss") else ""
     quality = [[label, str(len(some)), *_quality(some, start)] for label, some in rows]
     costs = [[label, *_costs(some)] for label, some in rows if "without its" not in label]
     distances = ", ".join(str(one["distance"]) for one in mine[0]["recall"]) if mine else ""
@@ -137,6 +139,7 @@ def recipe_tables(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+RATES = {"transfer_lr": "transfer at", "tune_lr": "tuning at", "share": "transfer's share"}  # asked for instead of the recipes' own
 QUALITY = ["recipe", "seeds", "tokens tuned", "swapped", "transferred", "in the end", "gap closed by transfer", "in all", "other text"]
 COSTS = ["recipe", "kept at 64k tokens", "new parameters", "transfer", "peak", "fine-tuning", "peak"]
 OTHERS = ["recipe", "seed", "settings", "in the end", "gap closed by transfer", "in all", "recall, right number likeliest"]

@@ -105,7 +105,10 @@ def recipes_part() -> str:
             if (ROOT / "docs" / "img" / f"{stem}.svg").is_file():
                 parts.append(f"![Perplexity and recall against the bytes that a sequence keeps](img/{stem}.svg)")
             parts += [f"**{one['title']}** ({stamped(content)})\n\n{table(one['columns'], one['rows'])}" for one in content["tables"]]
-            parts.append("\n".join(f"- {note}" for note in content.get("notes", [])))
+            shown = {run["recipe"] for run in content["runs"].values() if run.get("done") and "error" not in run}
+            missing = ", ".join(f"`{name}`" for name in recipes() if name not in shown)
+            notes = [*content.get("notes", []), *([f"Not measured yet: {missing}."] if missing else [])]
+            parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) or "Not measured yet."
 
 

@@ -67,12 +67,12 @@ SIDES = {
 }
 
 
-def candidates(kernel: str, width: int, quick: bool) -> list[Tile]:
+def candidates(kernel: str, width: int, boxes: bool, quick: bool) -> list[Tile]:
     found = []
     for (q, k), warps, stages in itertools.product(SIDES[kernel], (4, 8), (2, 3) if quick else (1, 2, 3, 4)):
         held = (q * width if kernel != "key" else 2 * k * width) + stages * 2 * (k if kernel != "key" else q) * width
         if 2 * held <= 220_000 and max(q, k) * width * (2 if kernel == "key" else 1) <= warps * 32 * 160:
-            found.append(Tile(q, k, warps, stages))
+            found += [Tile(q, k, warps, stages, described) for described in ((False,) if boxes or stages == 1 else (False, True))]
     return found
 
 
@@ -116,7 +116,7 @@ def tune_one(bench: Bench, kernel: str, boxes: bool, width: int, x: Inputs, layo
     bits = 8 * x.q.dtype.itemsize
     used = launch.tile_of(kernel, width, bits, boxes)
     key = (kernel, max(64, width), bits, boxes)
-    tiles = list(dict.fromkeys([used, *candidates(kernel, width, bench.quick)]))[: None if bench.cuda else 2]
+    tiles = list(dict.fromkeys([used, *candidates(kernel, width, boxes, bench.quick)]))[: None if bench.cuda else 2]
     calls: dict[Tile, Any] = {}
     for tile in tiles:
         launch.TABLE[key] = tile

@@ -33,7 +33,7 @@ def check_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def inside(pointers: Any, mask: Any) -> None:
         width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        at = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.int64).ravel()
+        at = pointers.data[np.broadcast_to(np.asarray(mask.data).astype(bool), pointers.data.shape)].astype(np.int64).ravel()
         fine = np.zeros(at.shape, bool)
         for start, stop in known["ranges"]:
             fine |= (at >= start) & (at + width <= stop)
@@ -42,13 +42,13 @@ def check_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
             near = min(known["ranges"], key=lambda r: min(abs(stray - r[0]), abs(stray - r[1])))
             raise OutOfBounds(f"{known['kernel']} touches {stray - near[0]} bytes into a tensor of {near[1] - near[0]} bytes")
 
-    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         inside(pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
-    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         inside(pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **named)
 
     monkeypatch.setattr(triton.GridExecutor, "_init_args_hst", remember)
     monkeypatch.setattr(triton.InterpreterBuilder, "create_masked_load", checked_load)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import knobs
@@ -28,6 +29,7 @@ class _Thread(threading.local):
     jobs: dict[tuple[Launcher, Any], tuple[Any, ...]] | None = None  # kernels that a rehearsal found missing, and arguments
     strict = False  # raise `Missing` rather than compile
     grad = False  # whether a call is to be differentiated
+    lends = False  # memory to kernels that make descriptors
 
 
 _thread = _Thread()
@@ -37,6 +39,10 @@ def _watched() -> bool:
     """Whether a profiler of Triton's wants to hear of launches."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # the caching allocator aligns by 512
 
 
 class Missing(Exception):
@@ -53,6 +59,7 @@ class Launcher:
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: int) -> None:
         self.kernel, self.constants, self.options = kernel, constants, options
         self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.scratch = bool(constants.get("DESCRIBED"))  # descriptors are made in global memory
         self.known: dict[Any, Any] = {}
         self.coming: dict[Any, Future[None]] = {}  # being compiled in threads
 
@@ -63,6 +70,9 @@ class Launcher:
         if device.type == "cuda" and device.index != _current_device():
             with torch.cuda.device(device):
                 return self(grid, tensors, strides, plain)
+        if self.scratch and not _thread.lends:
+            triton.set_allocator(_scratch)  # for this thread
+            _thread.lends = True
         key = (
             device,
             tuple([None if x is None else (x.dtype, x.data_ptr() & 15) for x in tensors]),

@@ -307,6 +307,25 @@ def test_empty_inputs():
         assert o.shape == x[0].shape and torch.autograd.grad(o.sum(), x)[1].shape == x[1].shape
 
 
+@pytest.mark.parametrize(
+    "layout, sizes",
+    [
+        (Layout.window(70, 25, 3), {}),
+        (Layout.dense(37, 90), {"batch": 2, "heads": (4, 2, 1)}),
+        (Layout.causal(45), {"width": 20, "values": 12}),
+        (Layout.causal(45), {"width": 18}),  # rows that begin off 16 bytes: by addresses
+    ],
+    ids=["window", "groups", "widths", "unaligned"],
+)
+def test_loads_by_descriptors(layout, sizes, monkeypatch):
+    """Tiles beyond the last token and the last channel are zero, as addresses that are not asked for are."""
+    asked, call = [], Launcher.__call__
+    monkeypatch.setattr(launch, "TABLE", {key: tile._replace(described=True) for key, tile in SMALL.items()})
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *given: (asked.append(self.constants["DESCRIBED"]), call(self, *given))[1])
+    both_ways(layout, **sizes)
+    assert set(asked) == {sizes.get("width", 16) % 4 == 0}
+
+
 # ---- rules as functions, as integers, as operators -------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.sparse.blocks import inside_of, origin, place_of, positions, rows_of, seen_pairs, shaped, within
+from subquad.ops.sparse.blocks import described, inside_of, origin, place_of, positions, rows_of, seen_pairs, shaped, within
 from subquad.ops.triton_blocks import LOG2E
 
 INF = tl.constexpr(float("inf"))
@@ -40,7 +40,7 @@ def query_kernel(
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, S: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr, REACH: tl.constexpr,
-    BELOW: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
+    BELOW: tl.constexpr, DESCRIBED: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """o ``[B, N, H, V]``, lse and max ``[B, N, H]``; or (GRAD) q̇, what falls to slopes and factors, and lse and δ in the order
     of `key_kernel`'s tiles of queries ``[B, H, row_tiles · S]``. Program: a tile of M queries, a head, a batch row."""
@@ -93,6 +93,9 @@ def query_kernel(
         arg = tl.full([M], -1, tl.int32)
     unit = scale * LOG2E if PLAIN else 1.0
     near, c0, c1, c2 = within(N, G0, G1, G2, B0, B1, B2)
+    if DESCRIBED:
+        k_rows = described(k_at + b * k_b + (h // GK) * k_h, m, KN, N, D, BD)
+        v_rows = described(v_at + b * v_b + (h // GV) * v_h, m, VN, N, V, BV)
     part = offsets + which * (2 * tiles + 1) + 2 * tile
     for PARTIAL in tl.static_range(2):
         start, stop = tl.load(part + PARTIAL), tl.load(part + PARTIAL + 1)
@@ -104,7 +107,10 @@ def query_kernel(
             k0, k1, k2 = c0 + p0, c1 + p1, c2 + p2
             k_in = inside_of(k0, k1, k2, m, G0, G1, G2)
             k_first = begin.to(tl.int64)
-            k = rows_of(k_at + b * k_b + k_first * KN + (h // GK) * k_h, near, KN, k_in, cols, D, BD, PARTIAL)
+            if DESCRIBED:
+                k = k_rows.load([begin, 0])
+            else:
+                k = rows_of(k_at + b * k_b + k_first * KN + (h // GK) * k_h, near, KN, k_in, cols, D, BD, PARTIAL)
             kp = positions(None if k_pos is None else k_pos + b * kp_b, begin, near, k0, k_in, 0)[None, :]
             kb = None if key_bias is None else tl.load(key_bias + b * kb_b + h * kb_h + begin + near, mask=k_in, other=0.0)[None, :]
             factors = None
@@ -123,7 +129,10 @@ def query_kernel(
                     (begin + near)[None, :], number, bits, runs, ends, RULE, BLOCK_Q, BLOCK_K, RUNS,
                 )  # fmt: skip
                 s = tl.where(seen, s, -INF)
-            v = rows_of(v_at + b * v_b + k_first * VN + (h // GV) * v_h, near, VN, k_in, v_cols, V, BV, PARTIAL)
+            if DESCRIBED:
+                v = v_rows.load([begin, 0])
+            else:
+                v = rows_of(v_at + b * v_b + k_first * VN + (h // GV) * v_h, near, VN, k_in, v_cols, V, BV, PARTIAL)
             if GRAD:
                 p = tl.exp2(s * unit - lse[:, None])
                 ds = p * (tl.dot(do, tl.trans(v), input_precision=IP) - delta[:, None])
@@ -179,7 +188,7 @@ def key_kernel(
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    RUNS: tl.constexpr, REACH: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
+    RUNS: tl.constexpr, REACH: tl.constexpr, DESCRIBED: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """k̇ ``[B, M, HS, D]``, v̇ ``[B, M, HS, V]``, and what falls to the bias of keys and to their factors, for each head. Program:
     a tile of N keys, one of HS heads with all heads of queries that read it, a batch row. Tiles are ``[keys, queries]``."""
@@ -208,6 +217,9 @@ def key_kernel(
     dv = tl.zeros([N, BV], tl.float32)
     for j in range(group):
         h = hs * group + j
+        if DESCRIBED:
+            q_rows = described(q_at + b * q_b + (h // GQ) * q_h, n, QN, M, D, BD)
+            do_rows = described(do_at + b * do_b + h * do_h, n, ON, M, V, BV)
         slope = None if slopes is None else tl.load(slopes + h)
         of_head = None if table is None else table + h * tb_h
         kb = None if key_bias is None else tl.load(key_bias + b * kb_b + h * kb_h + first + rows, mask=k_in, other=0.0)[:, None]
@@ -226,7 +238,10 @@ def key_kernel(
                 q0, q1, q2 = c0 + p0, c1 + p1, c2 + p2
                 q_in = inside_of(q0, q1, q2, n, G0, G1, G2)
                 q_first = begin.to(tl.int64)
-                q = rows_of(q_at + b * q_b + q_first * QN + (h // GQ) * q_h, near, QN, q_in, cols, D, BD, True)
+                if DESCRIBED:
+                    q = q_rows.load([begin, 0])
+                else:
+                    q = rows_of(q_at + b * q_b + q_first * QN + (h // GQ) * q_h, near, QN, q_in, cols, D, BD, True)
                 qp = positions(None if q_pos is None else q_pos + b * qp_b, begin, near, q0, q_in, m - n if G0 == 0 else 0)[None, :]
                 factors = None
                 if q_factor is not None:
@@ -246,7 +261,10 @@ def key_kernel(
                     )  # fmt: skip
                     s = tl.where(seen, s, -INF)
                 p = tl.exp2(s * unit - tl.load(log_at + at)[None, :])
-                do = rows_of(do_at + b * do_b + q_first * ON + h * do_h, near, ON, q_in, v_cols, V, BV, True)
+                if DESCRIBED:
+                    do = do_rows.load([begin, 0])
+                else:
+                    do = rows_of(do_at + b * do_b + q_first * ON + h * do_h, near, ON, q_in, v_cols, V, BV, True)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=IP)
                 ds = p * (tl.dot(v, tl.trans(do), input_precision=IP) - tl.load(delta_at + at)[None, :])
                 if top_rows is not None:

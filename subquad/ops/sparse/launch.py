@@ -19,12 +19,16 @@ from subquad.ops.sparse.visits import Lists, Tiling
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile, warps of a program, stages of the pipeline."""
+    """Queries and keys of a tile, warps of a program, stages of the pipeline, and whether loads go by tensor descriptors.
+
+    Descriptors serve tiles of neighbouring tokens in 16-byte aligned memory; elsewhere loads go by addresses.
+    """
 
     q: int
     k: int
     warps: int
     stages: int
+    described: bool = False
 
 
 # (kernel, padded width of q and v, bits of an element, whether tiles are boxes of a grid) -> tile; measured on an H200.
@@ -181,6 +185,7 @@ def _run(
         kernel, how.rule, tiles, order, x.q.dtype, x.q.shape[3], x.v.shape[3], rank, x.heads, shared, x.q.shape[2], x.k.shape[2],
         x.v.shape[2], lists.heads, lists.rows > 1, how.block_q, how.block_k, runs, reach, how.softcap, plain,
         x.q_pos is None and isinstance(how.rule, BELOW),
+        all(map(_describable, (x.q, do) if kernel == "key" else (x.k, x.v))),
     )  # fmt: skip
     blocks = -(-n // how.block_q) if how.block_q else 0
     given = (x.q, x.k, x.v, lists.offsets, lists.items, lists.order, lists.numbers, *x[3:])
@@ -206,6 +211,14 @@ def _by(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else tuple(0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
 
 
+def _describable(x: Tensor | None) -> bool:
+    """Whether a tensor descriptor can name the rows of any head."""
+    if x is None or x.shape[1] == 1:
+        return False
+    steps = [step for size, step in zip(x.shape[:3], x.stride()) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(step > 0 and step * x.itemsize % 16 == 0 for step in steps)
+
+
 def _row(x: Tensor | None) -> int:
     return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
@@ -219,7 +232,7 @@ def _launcher(
     steps: tuple[int, ...],
     kernel: str, rule: Rule, tiles: Tiling, order: Tiling, dtype: torch.dtype, width: int, values: int, rank: int, heads: int,
     shared: int, q_heads: int, k_heads: int, v_heads: int, list_heads: int, rows: bool, block_q: int, block_k: int, runs: int,
-    reach: int, softcap: float, plain: bool, below: bool,
+    reach: int, softcap: float, plain: bool, below: bool, describable: bool,
 ) -> Launcher:  # fmt: skip
     tile = tile_of(kernel, max(width, values), 8 * dtype.itemsize, bool(tiles.grid), block_q, block_k)
 
@@ -237,7 +250,8 @@ def _launcher(
     heads_of = {"H": heads, "GQ": heads // q_heads, "GK": heads // k_heads, "GV": heads // v_heads, "LISTS": list_heads, "ROWS": rows}
     return launcher(
         kernels.key_kernel if kernel == "key" else kernels.query_kernel, **which, **rows_by, **heads_of, **named, D=width, BD=padded(width),
-        V=values, BV=padded(values), R=rank, BR=padded(max(rank, 1)), M=tiles.q, N=tiles.k,
+        V=values, BV=padded(values), DESCRIBED=tile.described and describable and not tiles.grid,
+        R=rank, BR=padded(max(rank, 1)), M=tiles.q, N=tiles.k,
         RULE=None if everything else triton_rule(rule, bool(tiles.grid)), BLOCK_Q=block_q, BLOCK_K=block_k, RUNS=runs, REACH=reach,
         CAP=softcap, PLAIN=plain, IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=tile.warps,
         num_stages=1 if rank > 16 else tile.stages,  # factors of higher rank leave no room for more

@@ -304,12 +304,12 @@ class _Engine:
         if not targets:
             raise InputError("data", "a step without a token to predict", "batches of two tokens or more that are not padding")
         if self.learn is None:
-            self.learn = Graphed(partial(self._learn, judge), run.live.values())
+            self.learn = Graphed(partial(self._learn, judge), run.live.values(), able=self.graphs)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             apart = index < len(batches) - 1
             with self.accelerator.no_sync(self.wrapped) if apart else contextlib.nullcontext():
-                total += self.learn(batch, targets) if self.graphs else self._learn(judge, batch, targets)
+                total += self.learn(batch, targets)
         mean = float(self._sum(total))
         run.collect()
         norm = float(self.accelerator.clip_grad_norm_(run.parameters.values(), max_grad_norm)) if math.isfinite(mean) else math.nan

@@ -34,11 +34,12 @@ class Graphed:
     Args:
         step: from a batch to a tensor on the device; it must not read the device from the host, and must not keep a graph alive.
         parameters: what it adds gradients to.
+        able: False runs every step as it is.
     """
 
-    def __init__(self, step: Callable[..., Tensor], parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, step: Callable[..., Tensor], parameters: Iterable[nn.Parameter], *, able: bool = True) -> None:
         self.step, self.parameters = step, list(dict.fromkeys(parameters))
-        self.able = os.environ.get(SWITCH, "auto") != "off"
+        self.able = able and os.environ.get(SWITCH, "auto") != "off"
         self.key: Any = None
         self.seen = 0
         self.captured: Captured | None = None

@@ -65,7 +65,7 @@ class _Teacher:
         self.body = getattr(teacher, "base_model", teacher)  # of transformers: without the head, which nobody needs here
         self.device = next(teacher.parameters()).device
         here = all(lesson.like.device == self.device for lesson in given)
-        self.run = Graphed(self._run, [p for lesson in given for p in lesson.pupil.mechanism.parameters()]) if here else self._run
+        self.run = Graphed(self._run, [p for lesson in given for p in lesson.pupil.mechanism.parameters()], able=here)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[list[float], int]:
         batch = moved({key: x for key, x in batch.items() if key != "labels"}, self.device)

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from convert.toy_mechanisms import ToyGridTemperature, ToyTemperature, tiny_llama
 from torch import nn
 
 from subquad import contract
@@ -103,16 +104,38 @@ class ToyCausalOnly(ToySoftmax):
     card = card(causal=True)
 
 
+LEARNERS = {"toy-temperature": ToyTemperature, "toy-grid-temperature": ToyGridTemperature}
 TOYS = {"toy-softmax": ToySoftmax, "toy-linear": ToyLinear, "toy-rows": ToyRows, "toy-causal-only": ToyCausalOnly}
+
+
+def known(classes):
+    for name, cls in classes.items():
+        register(name)(cls)
+    yield
+    for name in classes:
+        del contract._REGISTRY[name]
 
 
 @pytest.fixture
 def toys():
-    for name, cls in TOYS.items():
-        register(name)(cls)
-    yield
-    for name in TOYS:
-        del contract._REGISTRY[name]
+    yield from known(TOYS)
+
+
+@pytest.fixture
+def learners():
+    """Mechanisms that can learn to be exactly softmax attention."""
+    yield from known(LEARNERS)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_llama()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(97, (600,), generator=torch.Generator().manual_seed(5))
 
 
 SIZES = {

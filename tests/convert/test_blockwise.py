@@ -4,30 +4,19 @@ import copy
 
 import pytest
 import torch
-from convert.toy_mechanisms import ToyTemperature, tiny_llama
+from convert.toy_mechanisms import tiny_llama
 
-from subquad import InputError, contract
-from subquad.contract import register
+from subquad import InputError
 from subquad.convert import blockwise
 from subquad.convert.distill import distill
 from subquad.convert.swap import swap, swapped
 
-
-@pytest.fixture(autouse=True)
-def toys():
-    register("toy-temperature")(ToyTemperature)
-    yield
-    del contract._REGISTRY["toy-temperature"]
+pytestmark = pytest.mark.usefixtures("learners")
 
 
 @pytest.fixture
 def teacher():
     return tiny_llama()
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(97, (600,), generator=torch.Generator().manual_seed(5))
 
 
 def temperatures(model):

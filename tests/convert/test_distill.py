@@ -9,35 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.toy_mechanisms import ToyGridTemperature, ToyTemperature, tiny_llama
+from convert.toy_mechanisms import tiny_llama
 
 import subquad
-from subquad import InputError, contract
-from subquad.contract import register
+from subquad import InputError
 from subquad.convert.distill import distill, schedule
 from subquad.convert.swap import swap, swapped
 from subquad.convert.transfer import transfer_loss
 
-TOYS = {"toy-temperature": ToyTemperature, "toy-grid-temperature": ToyGridTemperature}
-
-
-@pytest.fixture(autouse=True)
-def toys():
-    for name, cls in TOYS.items():
-        register(name)(cls)
-    yield
-    for name in TOYS:
-        del contract._REGISTRY[name]
+pytestmark = pytest.mark.usefixtures("learners")
 
 
 @pytest.fixture
 def teacher():
     return tiny_llama()
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(97, (600,), generator=torch.Generator().manual_seed(5))
 
 
 def student_of(teacher, **options):

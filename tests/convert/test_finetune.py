@@ -12,33 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.toy_mechanisms import ToyTemperature, tiny_llama
+from convert.toy_mechanisms import tiny_llama
 
 import subquad
-from subquad import InputError, contract
-from subquad.contract import register
+from subquad import InputError
 from subquad.convert.checkpoint import Checkpoints
 from subquad.convert.finetune import finetune, labels_of, share, summed_loss
 from subquad.convert.lora import adapters, merge_lora
 from subquad.convert.swap import restore, swap, swapped
 
-
-@pytest.fixture(autouse=True)
-def toys():
-    register("toy-temperature")(ToyTemperature)
-    yield
-    del contract._REGISTRY["toy-temperature"]
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return tiny_llama()
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(97, (600,), generator=torch.Generator().manual_seed(5))
+pytestmark = pytest.mark.usefixtures("learners")
 
 
 def tune(model, data, **options):

@@ -46,17 +46,6 @@ def mine(tmp_path):
     return path
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return tiny_llama()
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(97, (600,), generator=torch.Generator().manual_seed(5))
-
-
 def same(a, b):
     x, y = a.state_dict(), b.state_dict()
     assert x.keys() == y.keys()

@@ -23,7 +23,9 @@ def inputs(n, batch=1, heads=(4, 2, 2)):
 @pytest.mark.parametrize("global_tokens", [0, 1, 5])
 def test_it_is_the_attention_of_transformers(global_tokens):
     """With the weights of `LongformerSelfAttention`, by the names they have there."""
-    modeling = pytest.importorskip("transformers.models.longformer.modeling_longformer")
+    modeling = pytest.importorskip(
+        "transformers.models.longformer.modeling_longformer", reason="this version of transformers has no such model to compare with"
+    )
     torch.manual_seed(0)
     config = modeling.LongformerConfig(hidden_size=32, num_attention_heads=4, attention_window=[8], num_hidden_layers=1)
     theirs = modeling.LongformerSelfAttention(config, 0).double().eval()

@@ -31,7 +31,8 @@ class Tile(NamedTuple):
     described: bool = False
 
 
-# (kernel, padded width of q and v, bits of an element, whether tiles are boxes of a grid) -> tile; measured on an H200.
+# (kernel, padded width of q and v, bits of an element, whether tiles are boxes of a grid) -> tile; the fastest on an H200 in
+# benchmarks/results/sparse-tiles-*.json, but for boxes forward at width 64: stages as for lines, as loads run further ahead since.
 TABLE: dict[tuple[str, int, int, bool], Tile] = {
     ("forward", 64, 16, False): Tile(64, 64, 4, 3),
     ("forward", 128, 16, False): Tile(64, 64, 4, 3),

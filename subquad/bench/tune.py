@@ -2,9 +2,11 @@
 
 Each kernel is tried with a few sizes of tile, warps and stages, where programs are many and where they are few. Candidates
 are compiled in processes side by side, as that takes longest. One counts only if it gives the numbers of the plainest
-parameters, which come first, and if `choose` would take it at the shape it was timed at. For a pass of few programs the row
-for many is a candidate too: `choose` then cuts the sequences into segments. A row stays unless another is 2% faster. "pass"
-is timed as the whole linear operator, forward and backward, "heavy" in both directions; the other kernels one call each.
+parameters, which come first, and if `choose` would take it at the shape it was timed at. What a compiler makes of some
+parameters loses the device to the whole process: each row is found in a process apart, and once more without those. For a
+pass of few programs the row for many is a candidate too: `choose` then cuts the sequences into segments. A row stays unless
+another is 2% faster. "pass" is timed as the whole linear operator, forward and backward, "heavy" in both directions; the
+other kernels one call each.
 """
 
 from __future__ import annotations
@@ -189,6 +191,14 @@ def milliseconds(call: Callable[[], Any], device: str) -> float:
     return float(do_bench(call, warmup=5, rep=15, return_mode="median"))
 
 
+class Lost(RuntimeError):
+    """After this candidate the device takes no more work from the process."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.config = config
+
+
 def try_all(case: Case, regime: str, configs: list[Config], dtype: torch.dtype, device: str) -> tuple[dict[Config, float], list[Config]]:
     """Milliseconds of those that launch and give the numbers of the first that does; and those that give others."""
     call = operation(case, shape(case, regime, device), dtype, device)
@@ -208,7 +218,10 @@ def try_all(case: Case, regime: str, configs: list[Config], dtype: torch.dtype, 
                 wrong.append(config)
         except Exception as error:  # out of shared memory, or Triton cannot compile it
             failure = error
-            synchronize(device)  # raises if the device itself is lost
+            try:
+                synchronize(device)
+            except RuntimeError:
+                raise Lost(config) from error
     if wanted is None and failure is not None:  # then the candidates are not to blame
         raise failure
     return tried, wrong
@@ -231,16 +244,16 @@ def pick(tried: dict[Config, float], now: Config, allowed: Collection[Config]) -
     return now if now in tried and tried[now] <= SLACK * tried[best] else best
 
 
-def find(case: Case, quick: bool, dtype: torch.dtype, device: str, advance: Callable[[], None]) -> Row:
-    """The row of one case; the table is as before afterwards."""
+def find(case: Case, quick: bool, dtype: torch.dtype, device: str, barred: Collection[Config] = ()) -> Row:
+    """The row of one case, which is none of those barred; the table is as before afterwards."""
     before = {case.key: launch.TABLE[case.key]} if case.key in launch.TABLE else {}
     now = {regime: current(case, regime) for regime in ("many", "few")}
-    best, tried, wrong = dict(now), {}, []
+    best, tried, wrong = dict(now), {}, list(barred)
     for regime in regimes(case, quick):
         cut = case.kernel in CUTTABLE and regime == "few"  # then equal rows for many and few are an answer, too
         try:
             listed = [*candidates(case, regime), *([best["many"]] if cut else [])]
-            tried[regime], bad = try_all(case, regime, list(dict.fromkeys(listed)), dtype, device)
+            tried[regime], bad = try_all(case, regime, [one for one in dict.fromkeys(listed) if one not in barred], dtype, device)
             wrong += bad
             uncut = [config for config in tried[regime] if taken(case, regime, config, device)]
         finally:
@@ -248,11 +261,23 @@ def find(case: Case, quick: bool, dtype: torch.dtype, device: str, advance: Call
             launch.use(before)
         found = pick(tried[regime], now[regime], [*uncut, best["many"]] if cut else uncut)
         best[regime] = best["many"] if cut and found in tried[regime] and found not in uncut else found
-        advance()
     if case.kernel == "inverse":
         best["few"] = best["many"]
     ms = {regime: (found.get(best[regime]), found.get(now[regime])) for regime, found in tried.items()}
     return Row(case, best["many"], best["few"], ms, tried, wrong)
+
+
+def find_apart(case: Case, quick: bool, dtype: torch.dtype, workers: list[ProcessPoolExecutor]) -> Row:
+    """The row of one case, found in the process of `workers`, which is replaced where it loses the device."""
+    barred: list[Config] = []
+    while True:
+        if not workers:
+            workers.append(ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")))
+        try:
+            return workers[0].submit(find, case, quick, dtype, "cuda", barred).result()
+        except Lost as lost:
+            barred.append(lost.config)
+            workers.pop().shutdown(wait=False)
 
 
 def compile_one(case: Case, config: Config, cut: bool, dtype: torch.dtype) -> None:
@@ -299,9 +324,14 @@ def tune(
     cases = [Case(kernel, decay, width, bits) for width in widths for kernel in KERNELS if kernel in kernels for decay in KERNELS[kernel]]
     if device == "cuda":
         compile_all(cases, quick, dtype, progress)
-    with bar("measuring", sum(len(regimes(case, quick)) for case in cases), show=progress) as advance:
+    workers: list[ProcessPoolExecutor] = []
+    with bar("measuring", len(cases), show=progress) as advance:
         for case in cases:
-            yield find(case, quick, dtype, device, advance)
+            row = find_apart(case, quick, dtype, workers) if device == "cuda" else find(case, quick, dtype, device)
+            advance()
+            yield row
+    for worker in workers:
+        worker.shutdown()
 
 
 def save(rows: list[Row], about: dict[str, Any]) -> str:

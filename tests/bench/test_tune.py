@@ -2,8 +2,10 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -66,6 +68,44 @@ def test_wrong_numbers_and_what_does_not_launch_do_not_count(monkeypatch):
         launch.use(before)
 
 
+def test_what_loses_the_device_is_left_out_in_another_process(monkeypatch):
+    """The process that loses it is replaced; what lost it is named among the wrong ones, and another is the reference."""
+    deadly, started = Config(*tune.REFERENCE), []
+
+    class Worker:
+        def __init__(self, *_, **__):
+            started.append(self)
+
+        def submit(self, function, *given):
+            done = Future()
+            try:
+                done.set_result(function(*given[:3], "cpu", *given[4:]))
+            except tune.Lost as lost:
+                done.set_exception(pickle.loads(pickle.dumps(lost)))  # as it comes from a process
+            return done
+
+        def shutdown(self, **_): ...
+
+    def operation(case, *_):
+        def call():
+            if tune.current(case, "many") == deadly:
+                raise RuntimeError("an illegal memory access")
+            return {"o": torch.ones(2)}
+
+        return call
+
+    def synchronize(_):
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Worker)
+    monkeypatch.setattr(tune, "operation", operation)
+    monkeypatch.setattr(tune, "synchronize", synchronize)
+    before, workers = dict(launch.TABLE), []
+    row = tune.find_apart(CASE, False, torch.bfloat16, workers)
+    assert len(started) == 2 and started[1:] == workers and row.wrong == [deadly] and dict(launch.TABLE) == before
+    assert deadly not in row.tried["many"] and len(row.tried["many"]) >= 4
+
+
 def test_the_row_in_use_stays_unless_another_is_clearly_faster():
     now, other, barred = Config(64, 4, 2), Config(64, 4, 3), Config(128, 8, 2)
     assert tune.pick({now: 1.01, other: 1.0, barred: 0.1}, now, {now, other}) == now
@@ -80,10 +120,10 @@ def test_few_programs_may_be_served_best_by_segments(monkeypatch):
     ms = {"many": {many: 1.0}, "few": {many: 1.0, narrow: 2.0, launch.config(*case.key, few=True): 3.0}}
     monkeypatch.setattr(tune, "try_all", lambda case, regime, configs, *_: ({c: ms[regime].get(c, 9.0) for c in configs}, []))
     monkeypatch.setattr(tune, "taken", lambda case, regime, config, device: regime == "many" or config.columns <= 32)
-    found = tune.find(case, False, torch.bfloat16, "cpu", lambda: None)
+    found = tune.find(case, False, torch.bfloat16, "cpu")
     assert (found.many, found.few, found.ms["few"][0]) == (many, many, 1.0)
     ms["few"][narrow] = 0.5
-    assert tune.find(case, False, torch.bfloat16, "cpu", lambda: None).few == narrow
+    assert tune.find(case, False, torch.bfloat16, "cpu").few == narrow
 
 
 def test_a_row_is_what_the_table_holds_and_the_file_is_read_at_import(tmp_path):

@@ -31,18 +31,18 @@ def processors(device: torch.device) -> int:
 
 
 # (kernel, padded head dim, bits, decay) -> parameters when there are many programs, and when there are few. A "heavy" pass also reads
-# the state in two parts, or adds to its output. Rows of heavy passes and of the delta kernels for few programs are estimates.
+# the state in two parts, or adds to its output. Rows of the delta kernels for few programs are estimates.
 TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
-    ("pass", 64, 16, "none"): (Config(64, 4, 4), Config(16, 4, 4)),
-    ("pass", 64, 16, "scalar"): (Config(64, 4, 3), Config(64, 4, 3)),
+    ("pass", 64, 16, "none"): (Config(64, 4, 3), Config(32, 4, 4)),
+    ("pass", 64, 16, "scalar"): (Config(64, 4, 3), Config(32, 4, 4)),
     ("pass", 64, 16, "channel"): (Config(64, 4, 3), Config(64, 4, 3)),
     ("pass", 128, 16, "none"): (Config(64, 4, 4), Config(32, 4, 4)),
-    ("pass", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 4)),
+    ("pass", 128, 16, "scalar"): (Config(64, 4, 2), Config(32, 4, 3)),
     ("pass", 128, 16, "channel"): (Config(64, 4, 2), Config(64, 4, 2)),
-    ("heavy", 64, 16, "none"): (Config(64, 4, 4), Config(16, 4, 4)),
+    ("heavy", 64, 16, "none"): (Config(64, 4, 4), Config(64, 4, 4)),
     ("heavy", 64, 16, "scalar"): (Config(64, 4, 3), Config(64, 4, 3)),
     ("heavy", 64, 16, "channel"): (Config(64, 4, 3), Config(64, 4, 3)),
-    ("heavy", 128, 16, "none"): (Config(64, 4, 2), Config(32, 4, 3)),
+    ("heavy", 128, 16, "none"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("heavy", 128, 16, "scalar"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("heavy", 128, 16, "channel"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("inverse", 64, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),

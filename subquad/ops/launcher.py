@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import knobs
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from subquad.ops.launch import INTERPRETED
 
@@ -29,7 +29,6 @@ class _Thread(threading.local):
     jobs: dict[tuple[Launcher, Any], tuple[Any, ...]] | None = None  # kernels that a rehearsal found missing, and arguments
     strict = False  # raise `Missing` rather than compile
     grad = False  # whether a call is to be differentiated
-    lends = False  # memory to kernels that make descriptors
 
 
 _thread = _Thread()
@@ -39,10 +38,6 @@ def _watched() -> bool:
     """Whether a profiler of Triton's wants to hear of launches."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return any(getattr(hook, "calls", hook) for hook in hooks)
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")  # the caching allocator aligns by 512
 
 
 class Missing(Exception):
@@ -59,23 +54,20 @@ class Launcher:
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: int) -> None:
         self.kernel, self.constants, self.options = kernel, constants, options
         self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
-        self.scratch = bool(constants.get("DESCRIBED"))  # descriptors are made in global memory
         self.known: dict[Any, Any] = {}
         self.coming: dict[Any, Future[None]] = {}  # being compiled in threads
 
-    def __call__(self, grid: Grid, tensors: tuple[Tensor | None, ...], strides: tuple[int, ...], plain: tuple[Any, ...]) -> None:
-        """Arguments in order: tensors (None where there is none, but the first), strides (specialised), plain numbers (not), constants."""
-        assert tensors[0] is not None
+    def __call__(self, grid: Grid, tensors: tuple[Any, ...], strides: tuple[int, ...], plain: tuple[Any, ...]) -> None:
+        """Arguments in order: tensors and descriptors (None where there is none, but the first), strides (specialised), plain
+        numbers (not), constants."""
+        assert isinstance(tensors[0], Tensor)
         device = tensors[0].device
         if device.type == "cuda" and device.index != _current_device():
             with torch.cuda.device(device):
                 return self(grid, tensors, strides, plain)
-        if self.scratch and not _thread.lends:
-            triton.set_allocator(_scratch)  # for this thread
-            _thread.lends = True
         key = (
             device,
-            tuple([None if x is None else (x.dtype, x.data_ptr() & 15) for x in tensors]),
+            tuple([(x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x is None for x in tensors]),
             tuple([(x & 15 == 0, x == 1, x >> 31) for x in strides]),
             tuple([x >> 31 if type(x) is int else float for x in plain]),
         )
@@ -86,12 +78,12 @@ class Launcher:
         stream = driver.active.get_current_stream(device.index)
         run(*grid, stream, function, packed, None, None, None, *tensors, *strides, *plain, *self.values)
 
-    def _first(self, key: Any, grid: Any, tensors: tuple[Tensor | None, ...], strides: tuple[int, ...], plain: tuple[Any, ...]) -> None:
+    def _first(self, key: Any, grid: Any, tensors: tuple[Any, ...], strides: tuple[int, ...], plain: tuple[Any, ...]) -> None:
         """A launch that is rehearsed, watched by a profiler's hooks, or the first of its kind, which compiles."""
         if _thread.jobs is not None:
             if key not in self.known and key not in self.coming:
                 # a dtype stands for an aligned tensor, so that none is kept for as long as the compiler takes
-                like = [x if x is None or x.data_ptr() & 15 else x.dtype for x in tensors]
+                like = [x if not isinstance(x, Tensor) or x.data_ptr() & 15 else x.dtype for x in tensors]
                 _thread.jobs[self, key] = (*like, *strides, *plain)
             return
         coming = self.coming.pop(key, None)
@@ -165,6 +157,26 @@ def prepared(call: Callable[[], Result], rehearsal: Callable[[], Any]) -> Result
         _thread.strict = before
     rehearse(rehearsal)
     return call()
+
+
+def token_step(x: Tensor | None) -> int:
+    """The stride of tokens of x ``[B, N, H, D]``, which kernels are compiled for: then a tile's rows need one address, not one each."""
+    return 0 if x is None else x.stride(1) if x.shape[1] != 1 else x.shape[2] * x.shape[3]
+
+
+def describable(x: Tensor | None, batch: int) -> bool:
+    """Whether `describe` can name x ``[batch, N, H, D]``: all must lie 16 bytes apart or a multiple of that, and nothing twice."""
+    if x is None or x.shape[0] != batch or x.shape[1] < 2:
+        return False
+    steps = x.stride()[:3]
+    return min(steps) > 0 and not (x.data_ptr() | (steps[0] | steps[1] | steps[2]) * x.itemsize) & 15
+
+
+def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of x ``[B, N, H, D]`` as ``[B, H, N, D]``, from which a kernel loads tiles of `rows` tokens of a head, zero beyond the
+    last token and channel. Made here and not in the kernel, where it takes each program as long as some of its tiles."""
+    turned = x.transpose(1, 2)
+    return TensorDescriptor(turned, list(turned.shape), list(turned.stride()), [1, 1, rows, columns])
 
 
 @cache

@@ -80,7 +80,7 @@ def even_and_odd(x):
 
 @triton.jit(do_not_specialize=["N", "sequences", "se_b", "se_n", "se_h"])
 def inverse_kernel(
-    k, beta, P, cu, M, sk_b, sk_n, sk_h, se_b, se_n, se_h, N, sequences,
+    k, beta, P, cu, M, sk_b, sk_h, se_b, se_n, se_h, N, sequences, sk_n: tl.constexpr,
     H: tl.constexpr, GK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
     PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def inverse_kernel(
 @triton.jit(do_not_specialize=["N", "scale", "se_b", "se_n", "se_h"])
 def solve_kernel(
     q, k, v, beta, M, P, cu, start, o, x, final,
-    sq_b, sq_n, sq_h, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, se_b, se_n, se_h, N, scale,
+    sq_b, sq_h, sk_b, sk_h, sv_b, sv_h, se_b, se_n, se_h, N, scale, sq_n: tl.constexpr, sk_n: tl.constexpr, sv_n: tl.constexpr,
     H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, BOTH: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
     SAVE: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
@@ -234,7 +234,8 @@ def solve_kernel(
 @triton.jit(do_not_specialize=["N", "scale", "start_scale", "se_b", "se_n", "se_h"])
 def mirror_kernel(
     q, k, do, beta, M, P, cu, start, x, u, w, dv, dots, final,
-    sq_b, sq_n, sq_h, sk_b, sk_n, sk_h, sd_b, sd_n, sd_h, se_b, se_n, se_h, N, scale, start_scale,
+    sq_b, sq_h, sk_b, sk_h, sd_b, sd_h, se_b, se_n, se_h, N, scale, start_scale,
+    sq_n: tl.constexpr, sk_n: tl.constexpr, sd_n: tl.constexpr,
     H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr,
     START: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,

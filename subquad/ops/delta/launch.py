@@ -10,7 +10,7 @@ from torch import Tensor
 from subquad.ops.common import CHUNK, cdiv, padded
 from subquad.ops.delta import kernels
 from subquad.ops.launch import INTERPRETED, bits_of, choose, config, remembered
-from subquad.ops.launcher import Grid, Launcher, launcher
+from subquad.ops.launcher import Grid, Launcher, launcher, token_step
 from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots, ways
 
 
@@ -39,11 +39,11 @@ def inverse(k: Tensor, beta: Tensor, decay: Decays, cu: Tensor | None) -> Tensor
         return out
     row = config("inverse", width, bits_of(k.dtype), decay.family, few=False)
     launcher(
-        kernels.inverse_kernel, H=heads, GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK, DECAY=decay.values is not None,
-        PACKED=cu is not None, WIDE=k.dtype == torch.float16,
+        kernels.inverse_kernel, sk_n=token_step(k), H=heads, GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK,
+        DECAY=decay.values is not None, PACKED=cu is not None, WIDE=k.dtype == torch.float16,
         IP="tf32x3" if k.dtype == torch.float32 or INTERPRETED else "bf16x3", num_warps=min(4, row.warps),
     )(
-        (chunks(k.shape[1], cu) * shape[0] * heads, 1, 1), (k, beta, decay.values, cu, out), k.stride()[:3],
+        (chunks(k.shape[1], cu) * shape[0] * heads, 1, 1), (k, beta, decay.values, cu, out), k.stride()[:3:2],
         (*beta.stride(), k.shape[1], sequences),
     )  # fmt: skip
     return out
@@ -62,7 +62,7 @@ def solve(
     if q.shape[1] and plan.sequences:
         plan.run[0](
             plan.grid, (q, k, v, beta, M, decay.values, cu, start, o, x, last),
-            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), (*beta.stride(), q.shape[1], scale),
+            (*q.stride()[:3:2], *k.stride()[:3:2], *v.stride()[:3:2]), (*beta.stride(), q.shape[1], scale),
         )  # fmt: skip
     return o, x, last
 
@@ -81,7 +81,7 @@ def mirror(
         for launch in plan.run:
             launch(
                 plan.grid, (q, k, do, beta, M, decay.values, cu, start, x, u, w, dv, dots, last),
-                (*q.stride()[:3], *k.stride()[:3], *do.stride()[:3]), (*beta.stride(), q.shape[1], scale, 1 / scale),
+                (*q.stride()[:3:2], *k.stride()[:3:2], *do.stride()[:3:2]), (*beta.stride(), q.shape[1], scale, 1 / scale),
             )  # fmt: skip
     return Mirrored(u, w, dv, dots, last)
 
@@ -100,20 +100,21 @@ def _plan(
 ) -> _Plan:
     """A plan for operands like these."""
     return _made(
-        name, q.shape[3], v.shape[3], q.shape[2], k.shape[2], v.shape[2], beta.shape[2], q.dtype, q.device, decay.family, decay.both,
-        count_sequences(q, cu), cu is not None, started, final, save,
+        name, tuple(map(token_step, (q, k, v))), q.shape[3], v.shape[3], q.shape[2], k.shape[2], v.shape[2], beta.shape[2],
+        q.dtype, q.device, decay.family, decay.both, count_sequences(q, cu), cu is not None, started, final, save,
     )  # fmt: skip
 
 
 @remembered
 def _made(
-    name: str, width: int, columns: int, q_heads: int, k_heads: int, v_heads: int, heads: int, dtype: torch.dtype, device: torch.device,
-    family: str, both: bool, sequences: int, packed: bool, started: bool, final: bool, save: bool,
+    name: str, steps: tuple[int, ...], width: int, columns: int, q_heads: int, k_heads: int, v_heads: int, heads: int,
+    dtype: torch.dtype, device: torch.device, family: str, both: bool, sequences: int, packed: bool, started: bool, final: bool, save: bool,
 ) -> _Plan:  # fmt: skip
     """Found again by position, as the host has less time than the kernels take."""
     row, _ = choose(name, width, columns, bits_of(dtype), device, family, sequences * heads, 1)
     tile, decays = min(row.columns, padded(columns)), family != "none"
     common: dict[str, Any] = {
+        "sq_n": steps[0], "sk_n": steps[1], "sv_n" if name == "solve" else "sd_n": steps[2],
         "H": heads, "GQ": heads // q_heads, "GK": heads // k_heads, "D": width, "V": columns, "BD": padded(width), "BV": tile, "C": CHUNK,
         "DECAY": decays, "START": started, "FINAL": final, "PACKED": packed, "WIDE": dtype == torch.float16,
         "IP": "tf32x3" if dtype == torch.float32 else "tf32", "num_warps": row.warps, "num_stages": row.stages,

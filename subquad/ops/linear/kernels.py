@@ -68,8 +68,8 @@ def add_pairs(acc, scores, p, kept, tc, source, EXACT: tl.constexpr, MT: tl.cons
 @triton.jit(do_not_specialize=["N", "segments", "scale", "start_scale"])
 def pass_kernel(
     a, b, c, x, add, P, risky, cu, start, o, final, dots, totals,
-    sa_b, sa_n, sa_h, sb_b, sb_n, sb_h, sc_b, sc_n, sc_h, sx_b, sx_n, sx_h,
-    N, segments, scale, start_scale,
+    sa_b, sa_h, sb_b, sb_h, sc_b, sc_h, sx_b, sx_h, N, segments, scale, start_scale,
+    sa_n: tl.constexpr, sb_n: tl.constexpr, sc_n: tl.constexpr, sx_n: tl.constexpr,
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
     ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, START: tl.constexpr,

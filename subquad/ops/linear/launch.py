@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.ops.common import CHUNK, cdiv, padded, power_of_two
 from subquad.ops.launch import INTERPRETED, bits_of, choose, remembered
-from subquad.ops.launcher import Grid, Launcher, launcher
+from subquad.ops.launcher import Grid, Launcher, launcher, token_step
 from subquad.ops.linear import kernels
 
 
@@ -108,8 +108,10 @@ def linear_pass(
     batch, tokens, _, width = a.shape
     columns, device, sequences = c.shape[3], a.device, count_sequences(a, cu)
     x, start = x if dots else None, None if start is None else start.contiguous()
+    by = (*a.stride()[:3:2], *b.stride()[:3:2], *c.stride()[:3:2], *((0, 0) if x is None else x.stride()[:3:2]))
     plan = _plan(
-        cdiv(tokens, CHUNK), width, columns, a.shape[2], b.shape[2], c.shape[2], (c if x is None else x).shape[2], a.dtype, device,
+        tuple(map(token_step, (a, b, c, x))), cdiv(tokens, CHUNK), width, columns,
+        a.shape[2], b.shape[2], c.shape[2], (c if x is None else x).shape[2], a.dtype, device,
         decay.family, column, decay.both, 1 if decay.values is None else decay.values.shape[1], sequences, cu is not None, heads, group,
         once, reverse, strict, start is not None, final, left, add is not None, dots, dots or split,
     )  # fmt: skip
@@ -122,7 +124,6 @@ def linear_pass(
         return Passed(o, last, None if sums is None else sums.zero_())
 
     tensors = a, b, c, x, add, decay.values, decay.risky, cu
-    by = (*a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *strides(x))
     if plan.segments == 1:
         for launch in plan.run:
             launch(plan.grid, (*tensors, start, o, last, sums, None), by, (tokens, 1, scale, start_scale))
@@ -153,25 +154,27 @@ class _Plan(NamedTuple):
 
 @remembered
 def _plan(
-    chunks: int, width: int, columns: int, a_heads: int, b_heads: int, c_heads: int, x_heads: int, dtype: torch.dtype, device: torch.device,
-    family: str, column: bool, both: bool, decay_heads: int, sequences: int, packed: bool, heads: int, group: int,
-    once: bool, reverse: bool, strict: bool, started: bool, final: bool, left: bool, add: bool, dots: bool, split: bool,
+    steps: tuple[int, ...], chunks: int, width: int, columns: int, a_heads: int, b_heads: int, c_heads: int, x_heads: int,
+    dtype: torch.dtype, device: torch.device, family: str, column: bool, both: bool, decay_heads: int, sequences: int, packed: bool,
+    heads: int, group: int, once: bool, reverse: bool, strict: bool, started: bool, final: bool, left: bool, add: bool, dots: bool,
+    split: bool,
 ) -> _Plan:  # fmt: skip
     """Found again by position, as the host has less time than the kernels take."""
     kernel = "heavy" if split or add else "pass"
     rows, segments = choose(kernel, width, columns, bits_of(dtype), device, family, sequences * heads, chunks)
     tile = min(rows.columns, padded(columns))
     tiles, state_heads, whole = cdiv(columns, tile), heads if once else heads // group, segments == 1
+    rows_by = dict(zip(("sa_n", "sb_n", "sc_n", "sx_n"), steps))
     kind, bf16 = {"none": 0, "scalar": 1, "channel": 3 if column else 2}[family], dtype == torch.bfloat16
 
     def launch(n: int, grouped: int, out: bool, **way: bool) -> Launcher:
         per_head = dict(zip(("GA", "GB", "GC", "GX", "GP"), (max(1, n // x) for x in (a_heads, b_heads, c_heads, x_heads, decay_heads))))
         return launcher(
-            kernels.pass_kernel, H=n, **per_head, GS=grouped, ONCE=once and whole and (started or final), D=width, V=columns,
+            kernels.pass_kernel, **rows_by, H=n, **per_head, GS=grouped, ONCE=once and whole and (started or final), D=width, V=columns,
             BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, **way, REVERSE=reverse, STRICT=strict, START=out and (started or not whole),
             FINAL=(final and whole) or not out, LEFT=left and bf16 and kind == 1, OUT=out, ADD=out and add, DOT=out and dots,
-            SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16, IP="tf32x3" if dtype == torch.float32 else "tf32",
-            num_warps=rows.warps, num_stages=rows.stages,
+            SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16,
+            IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,
         )  # fmt: skip
 
     block = 1024
@@ -218,10 +221,6 @@ def slots(tokens: int, sequences: int, cu: Tensor | None) -> int:
 
 def count_sequences(like: Tensor, cu: Tensor | None) -> int:
     return like.shape[0] if cu is None else cu.shape[0] - 1
-
-
-def strides(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else x.stride()[:3]
 
 
 def first_of_group(x: Tensor, heads: int) -> Tensor:

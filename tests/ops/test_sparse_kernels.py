@@ -321,7 +321,8 @@ def test_loads_by_descriptors(layout, sizes, monkeypatch):
     """Tiles beyond the last token and the last channel are zero, as addresses that are not asked for are."""
     asked, call = [], Launcher.__call__
     monkeypatch.setattr(launch, "TABLE", {key: tile._replace(described=True) for key, tile in SMALL.items()})
-    monkeypatch.setattr(Launcher, "__call__", lambda self, *given: (asked.append(self.constants["DESCRIBED"]), call(self, *given))[1])
+    monkeypatch.setattr(launch, "DESCRIBE_FROM", 0)
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *given: (asked.append(given[1][3] is not None), call(self, *given))[1])
     both_ways(layout, **sizes)
     assert set(asked) == {sizes.get("width", 16) % 4 == 0}
 

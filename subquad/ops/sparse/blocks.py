@@ -86,12 +86,6 @@ def rows_of(base, local, stride, inside, cols, width: tl.constexpr, padded: tl.c
 
 
 @triton.jit
-def described(base, tokens, step: tl.constexpr, SIDE: tl.constexpr, width: tl.constexpr, padded: tl.constexpr):
-    """A descriptor of a head's rows `step` elements apart, from which tiles of SIDE rows are loaded, zero beyond the last."""
-    return tl.make_tensor_descriptor(base, shape=[tokens, width], strides=[step, 1], block_shape=[SIDE, padded])
-
-
-@triton.jit
 def positions(pos, first, local, coordinate, inside, shift):
     """Positions of a tile's tokens: those given, or their index + shift; on a grid the first coordinate."""
     if pos is None:

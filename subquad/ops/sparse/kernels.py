@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.sparse.blocks import described, inside_of, origin, place_of, positions, rows_of, seen_pairs, shaped, within
+from subquad.ops.sparse.blocks import inside_of, origin, place_of, positions, rows_of, seen_pairs, shaped, within
 from subquad.ops.triton_blocks import LOG2E
 
 INF = tl.constexpr(float("inf"))
@@ -30,7 +30,7 @@ PER_CALL = ("n", "m", "tiles", "blocks", "entries", "row_tiles", "scale")  # one
 
 @triton.jit(do_not_specialize=PER_CALL)
 def query_kernel(
-    q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table,
+    q_at, k_at, v_at, k_rows, v_rows, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table,
     q_factor, k_factor, o_at, lse_at, top_at, arg_at, do_at, d_lse, d_top, log_at, delta_at, top_rows, arg_rows, dq_at, d_slope, d_factor,
     q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h, qp_b, kp_b, kb_b, kb_h, tb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
     n, m, tiles, blocks, entries, row_tiles, scale,
@@ -40,7 +40,7 @@ def query_kernel(
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, S: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr, REACH: tl.constexpr,
-    BELOW: tl.constexpr, DESCRIBED: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
+    BELOW: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """o ``[B, N, H, V]``, lse and max ``[B, N, H]``; or (GRAD) q̇, what falls to slopes and factors, and lse and δ in the order
     of `key_kernel`'s tiles of queries ``[B, H, row_tiles · S]``. Program: a tile of M queries, a head, a batch row."""
@@ -93,12 +93,10 @@ def query_kernel(
         arg = tl.full([M], -1, tl.int32)
     unit = scale * LOG2E if PLAIN else 1.0
     near, c0, c1, c2 = within(N, G0, G1, G2, B0, B1, B2)
-    if DESCRIBED:
-        k_rows = described(k_at + b * k_b + (h // GK) * k_h, m, KN, N, D, BD)
-        v_rows = described(v_at + b * v_b + (h // GV) * v_h, m, VN, N, V, BV)
     part = offsets + which * (2 * tiles + 1) + 2 * tile
-    for PARTIAL in tl.static_range(2):
-        start, stop = tl.load(part + PARTIAL), tl.load(part + PARTIAL + 1)
+    ONE: tl.constexpr = k_rows is not None  # loop over all tiles: nothing then waits between whole tiles and those cut
+    for PARTIAL in tl.static_range(1 if ONE else 2):
+        start, middle, stop = tl.load(part + PARTIAL), tl.load(part + 1), tl.load(part + (2 if ONE else PARTIAL + 1))
         coming = tl.load(items + which * entries + start, mask=start < stop, other=0)
         for i in range(start, stop):
             item = which * entries + i
@@ -107,18 +105,18 @@ def query_kernel(
             k0, k1, k2 = c0 + p0, c1 + p1, c2 + p2
             k_in = inside_of(k0, k1, k2, m, G0, G1, G2)
             k_first = begin.to(tl.int64)
-            if DESCRIBED:
-                k = k_rows.load([begin, 0])
+            if k_rows is not None:
+                k = k_rows.load([b.to(tl.int32), (h // GK).to(tl.int32), begin, 0]).reshape(N, BD)
             else:
                 k = rows_of(k_at + b * k_b + k_first * KN + (h // GK) * k_h, near, KN, k_in, cols, D, BD, PARTIAL)
             kp = positions(None if k_pos is None else k_pos + b * kp_b, begin, near, k0, k_in, 0)[None, :]
             kb = None if key_bias is None else tl.load(key_bias + b * kb_b + h * kb_h + begin + near, mask=k_in, other=0.0)[None, :]
             factors = None
             if k_factor is not None:
-                kf = rows_of(k_factor + b * kf_b + k_first * kf_n + h * kf_h, near, kf_n, k_in, f_cols, R, BR, PARTIAL)
+                kf = rows_of(k_factor + b * kf_b + k_first * kf_n + h * kf_h, near, kf_n, k_in, f_cols, R, BR, ONE or PARTIAL)
                 factors = tl.dot(qf, tl.trans(kf), input_precision="tf32x3")
             s, bend = shaped(tl.dot(q, tl.trans(k), input_precision=IP), factors, qp, kp, slope, kb, of_head, scale, REACH, CAP, PLAIN)
-            if PARTIAL:
+            if (i >= middle) if ONE else PARTIAL:
                 number = 0 if numbers is None else tl.load(numbers + item)
                 ks = None if sequence is None else tl.load(sequence + begin + near, mask=k_in, other=-2)[None, :]
                 seen = None if BELOW else k_in[None, :]
@@ -129,8 +127,8 @@ def query_kernel(
                     (begin + near)[None, :], number, bits, runs, ends, RULE, BLOCK_Q, BLOCK_K, RUNS,
                 )  # fmt: skip
                 s = tl.where(seen, s, -INF)
-            if DESCRIBED:
-                v = v_rows.load([begin, 0])
+            if v_rows is not None:
+                v = v_rows.load([b.to(tl.int32), (h // GV).to(tl.int32), begin, 0]).reshape(N, BV)
             else:
                 v = rows_of(v_at + b * v_b + k_first * VN + (h // GV) * v_h, near, VN, k_in, v_cols, V, BV, PARTIAL)
             if GRAD:
@@ -152,7 +150,7 @@ def query_kernel(
                     here = tl.max(tl.where(s == highest[:, None], (begin + near)[None, :], -1), 1)
                     arg = tl.where(highest > top, here, arg)
                 base = higher * unit
-                if PARTIAL or key_bias is not None:  # a row that has seen nothing yet has no finite maximum
+                if ONE or PARTIAL or key_bias is not None:  # a row that has seen nothing yet has no finite maximum
                     base = tl.where(higher == -INF, 0.0, base)
                 p = tl.exp2(s * unit - base[:, None])
                 fade = tl.exp2(top * unit - base)
@@ -179,7 +177,7 @@ def query_kernel(
 
 @triton.jit(do_not_specialize=PER_CALL)
 def key_kernel(
-    q_at, k_at, v_at, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table,
+    q_at, k_at, v_at, q_rows, do_rows, offsets, items, order, numbers, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table,
     q_factor, k_factor, log_at, delta_at, top_rows, arg_rows, do_at, dk_at, dv_at, d_bias, d_factor,
     q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h, qp_b, kp_b, kb_b, kb_h, tb_h, qf_b, qf_n, qf_h, kf_b, kf_n, kf_h,
     n, m, tiles, blocks, entries, row_tiles, scale,
@@ -188,7 +186,7 @@ def key_kernel(
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, RULE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    RUNS: tl.constexpr, REACH: tl.constexpr, DESCRIBED: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
+    RUNS: tl.constexpr, REACH: tl.constexpr, CAP: tl.constexpr, PLAIN: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """k̇ ``[B, M, HS, D]``, v̇ ``[B, M, HS, V]``, and what falls to the bias of keys and to their factors, for each head. Program:
     a tile of N keys, one of HS heads with all heads of queries that read it, a batch row. Tiles are ``[keys, queries]``."""
@@ -217,9 +215,6 @@ def key_kernel(
     dv = tl.zeros([N, BV], tl.float32)
     for j in range(group):
         h = hs * group + j
-        if DESCRIBED:
-            q_rows = described(q_at + b * q_b + (h // GQ) * q_h, n, QN, M, D, BD)
-            do_rows = described(do_at + b * do_b + h * do_h, n, ON, M, V, BV)
         slope = None if slopes is None else tl.load(slopes + h)
         of_head = None if table is None else table + h * tb_h
         kb = None if key_bias is None else tl.load(key_bias + b * kb_b + h * kb_h + first + rows, mask=k_in, other=0.0)[:, None]
@@ -227,8 +222,9 @@ def key_kernel(
         if k_factor is not None:
             kf = rows_of(k_factor + b * kf_b + k_first * kf_n + h * kf_h, rows, kf_n, k_in, f_cols, R, BR, True)
             df = tl.zeros([N, BR], tl.float32)
-        for PARTIAL in tl.static_range(2):
-            start, stop = tl.load(part + PARTIAL), tl.load(part + PARTIAL + 1)
+        ONE: tl.constexpr = q_rows is not None
+        for PARTIAL in tl.static_range(1 if ONE else 2):
+            start, middle, stop = tl.load(part + PARTIAL), tl.load(part + 1), tl.load(part + (2 if ONE else PARTIAL + 1))
             coming = tl.load(items + which * entries + start, mask=start < stop, other=0)
             for i in range(start, stop):
                 item = which * entries + i
@@ -238,8 +234,8 @@ def key_kernel(
                 q0, q1, q2 = c0 + p0, c1 + p1, c2 + p2
                 q_in = inside_of(q0, q1, q2, n, G0, G1, G2)
                 q_first = begin.to(tl.int64)
-                if DESCRIBED:
-                    q = q_rows.load([begin, 0])
+                if q_rows is not None:
+                    q = q_rows.load([b.to(tl.int32), (h // GQ).to(tl.int32), begin, 0]).reshape(M, BD)
                 else:
                     q = rows_of(q_at + b * q_b + q_first * QN + (h // GQ) * q_h, near, QN, q_in, cols, D, BD, True)
                 qp = positions(None if q_pos is None else q_pos + b * qp_b, begin, near, q0, q_in, m - n if G0 == 0 else 0)[None, :]
@@ -249,7 +245,7 @@ def key_kernel(
                     factors = tl.dot(kf, tl.trans(qf), input_precision="tf32x3")
                 at = ((b * H + h) * row_tiles + visitor) * M + tl.arange(0, M)
                 s, bend = shaped(tl.dot(k, tl.trans(q), input_precision=IP), factors, qp, kp, slope, kb, of_head, scale, REACH, CAP, PLAIN)
-                if PARTIAL:
+                if (i >= middle) if ONE else PARTIAL:
                     number = 0 if numbers is None else tl.load(numbers + item)
                     qs = None if sequence is None else tl.load(sequence + begin + near, mask=q_in, other=-1)[None, :]
                     runs = None if starts is None else starts + (which * blocks + begin // BLOCK_Q) * RUNS
@@ -261,8 +257,8 @@ def key_kernel(
                     )  # fmt: skip
                     s = tl.where(seen, s, -INF)
                 p = tl.exp2(s * unit - tl.load(log_at + at)[None, :])
-                if DESCRIBED:
-                    do = do_rows.load([begin, 0])
+                if q_rows is not None:
+                    do = do_rows.load([b.to(tl.int32), h.to(tl.int32), begin, 0]).reshape(M, BV)
                 else:
                     do = rows_of(do_at + b * do_b + q_first * ON + h * do_h, near, ON, q_in, v_cols, V, BV, True)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=IP)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subquad.ops.common import padded
 from subquad.ops.launch import remembered
-from subquad.ops.launcher import Launcher, launcher
+from subquad.ops.launcher import Launcher, describable, describe, launcher, token_step
 from subquad.ops.sparse import kernels
 from subquad.ops.sparse.compiled import triton_rule
 from subquad.ops.sparse.patterns import Listed
@@ -34,12 +34,12 @@ class Tile(NamedTuple):
 # (kernel, padded width of q and v, bits of an element, whether tiles are boxes of a grid) -> tile; the fastest on an H200 in
 # benchmarks/results/sparse-tiles-*.json, but for boxes forward at width 64: stages as for lines, as loads run further ahead since.
 TABLE: dict[tuple[str, int, int, bool], Tile] = {
-    ("forward", 64, 16, False): Tile(64, 64, 4, 3),
-    ("forward", 128, 16, False): Tile(64, 64, 4, 3),
+    ("forward", 64, 16, False): Tile(128, 64, 8, 4, True),
+    ("forward", 128, 16, False): Tile(64, 64, 4, 3, True),
     ("query", 64, 16, False): Tile(64, 64, 4, 3),
-    ("query", 128, 16, False): Tile(128, 64, 8, 3),
-    ("key", 64, 16, False): Tile(64, 64, 4, 3),
-    ("key", 128, 16, False): Tile(64, 128, 8, 3),
+    ("query", 128, 16, False): Tile(64, 64, 4, 2, True),
+    ("key", 64, 16, False): Tile(128, 64, 4, 2, True),
+    ("key", 128, 16, False): Tile(64, 64, 4, 2, True),
     ("forward", 64, 16, True): Tile(64, 64, 4, 3),
     ("forward", 128, 16, True): Tile(64, 32, 4, 3),
     ("query", 64, 16, True): Tile(64, 32, 4, 3),
@@ -48,6 +48,7 @@ TABLE: dict[tuple[str, int, int, bool], Tile] = {
     ("key", 128, 16, True): Tile(32, 64, 4, 3),
 }
 BELOW = Causal, Window, Terrace  # no key after the query is seen, and so none after the last: nothing asks whether a key is there
+DESCRIBE_FROM = 256  # tokens: with fewer, making descriptors takes longer than they save
 CAREFUL = Tile(64, 32, 4, 1)  # what was not measured
 
 
@@ -180,18 +181,19 @@ def _run(
     runs = 0 if x.starts is None else x.starts.shape[3]
     reach = 0 if x.table is None else x.table.shape[1] // 2
     plain = how.scale > 0 and not how.softcap and x.slopes is None and x.key_bias is None and x.q_factor is None and x.table is None
-    by = [_by(one) for one in (x.q, x.k, x.v, do)]
-    launch = _launcher(
-        tuple(one[1] for one in by),
+    operands, read = (x.q, x.k, x.v, do), (x.q, do) if kernel == "key" else (x.k, x.v)
+    launch, side = _launcher(
+        tuple(map(token_step, operands)),
         kernel, how.rule, tiles, order, x.q.dtype, x.q.shape[3], x.v.shape[3], rank, x.heads, shared, x.q.shape[2], x.k.shape[2],
         x.v.shape[2], lists.heads, lists.rows > 1, how.block_q, how.block_k, runs, reach, how.softcap, plain,
         x.q_pos is None and isinstance(how.rule, BELOW),
-        all(map(_describable, (x.q, do) if kernel == "key" else (x.k, x.v))),
+        min(n, m) >= DESCRIBE_FROM and all(describable(one, batch) for one in read),
     )  # fmt: skip
     blocks = -(-n // how.block_q) if how.block_q else 0
-    given = (x.q, x.k, x.v, lists.offsets, lists.items, lists.order, lists.numbers, *x[3:])
+    rows = [describe(one, side, padded(one.shape[3])) if side and one is not None else None for one in read]
+    given = (x.q, x.k, x.v, *rows, lists.offsets, lists.items, lists.order, lists.numbers, *x[3:])
     strides = (
-        *(step for one in by for step in one[::2]),
+        *(step for one in operands for step in _by(one)[::2]),
         _row(x.q_pos),
         _row(x.k_pos),
         *_bias(x.key_bias),
@@ -212,14 +214,6 @@ def _by(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else tuple(0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
 
 
-def _describable(x: Tensor | None) -> bool:
-    """Whether a tensor descriptor can name the rows of any head."""
-    if x is None or x.shape[1] == 1:
-        return False
-    steps = [step for size, step in zip(x.shape[:3], x.stride()) if size > 1]
-    return x.data_ptr() % 16 == 0 and all(step > 0 and step * x.itemsize % 16 == 0 for step in steps)
-
-
 def _row(x: Tensor | None) -> int:
     return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
@@ -233,8 +227,9 @@ def _launcher(
     steps: tuple[int, ...],
     kernel: str, rule: Rule, tiles: Tiling, order: Tiling, dtype: torch.dtype, width: int, values: int, rank: int, heads: int,
     shared: int, q_heads: int, k_heads: int, v_heads: int, list_heads: int, rows: bool, block_q: int, block_k: int, runs: int,
-    reach: int, softcap: float, plain: bool, below: bool, describable: bool,
-) -> Launcher:  # fmt: skip
+    reach: int, softcap: float, plain: bool, below: bool, aligned: bool,
+) -> tuple[Launcher, int]:  # fmt: skip
+    """And the tokens of the tiles that are loaded by descriptors, or 0."""
     tile = tile_of(kernel, max(width, values), 8 * dtype.itemsize, bool(tiles.grid), block_q, block_k)
 
     def sides(box: tuple[int, ...]) -> tuple[int, ...]:
@@ -249,11 +244,13 @@ def _launcher(
     rows_by = dict(zip(("QN", "KN", "VN", "ON"), steps))  # known when compiled: a tile's rows then need one address, not one each
     which: dict[str, Any] = {"HS": shared} if kernel == "key" else {"GRAD": kernel == "query", "S": order.q, "BELOW": below}
     heads_of = {"H": heads, "GQ": heads // q_heads, "GK": heads // k_heads, "GV": heads // v_heads, "LISTS": list_heads, "ROWS": rows}
-    return launcher(
+    launch = launcher(
         kernels.key_kernel if kernel == "key" else kernels.query_kernel, **which, **rows_by, **heads_of, **named, D=width, BD=padded(width),
-        V=values, BV=padded(values), DESCRIBED=tile.described and describable and not tiles.grid,
+        V=values, BV=padded(values),
         R=rank, BR=padded(max(rank, 1)), M=tiles.q, N=tiles.k,
         RULE=None if everything else triton_rule(rule, bool(tiles.grid)), BLOCK_Q=block_q, BLOCK_K=block_k, RUNS=runs, REACH=reach,
         CAP=softcap, PLAIN=plain, IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=tile.warps,
         num_stages=1 if rank > 16 else tile.stages,  # factors of higher rank leave no room for more
     )  # fmt: skip
+    described = tile.described and aligned and not tiles.grid
+    return launch, (tile.q if kernel == "key" else tile.k) if described else 0

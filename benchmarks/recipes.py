@@ -79,6 +79,7 @@ JOBS = (
     Job("liger", "liger", cost=1.8),
     Job("lizard", "lizard", cost=1.6),
     Job("lolcats", "lolcats", cost=1.5),
+    Job("lolcats-sinks", "lolcats-sinks", cost=1.5),
     Job("lolcats 3:1", "lolcats", layers="3:1", cost=1.3),  # every fourth layer keeps softmax
 )
 SEEDS = (1, 2)  # further ones, of lolcats and of what --seeds-for names
@@ -216,8 +217,8 @@ NOTES = [
     "The gap is that in nats a token between the swapped model untrained and the original.",
     "Recall: four numbers are stated, one is asked for so many tokens later; the right number is likelier than the others of the prompt "
     "(chance is a quarter), or written in full.",
-    "Without its linear part: the same weights, and what is older than the window weighs nothing; there are no sinks, as there are in "
-    "sliding-window.",
+    "Without its linear part: the same weights, and what is older than the window weighs nothing, but for the sinks of lolcats-sinks; "
+    "lolcats has none, as sliding-window has.",
     "Weights are those of the data type; what learns is kept in float32, adapters are merged before the last measurement.",
 ]
 

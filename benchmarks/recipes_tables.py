@@ -151,7 +151,7 @@ def end(run: Mapping[str, Any], text: str = "book") -> float:
 
 
 def alone(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run of lolcats as it was measured without the linear part."""
+    """A run of LoLCATs as it was measured without the linear part."""
     found = run["window_alone"]
     return {**run, "points": {"start": run["points"]["start"], "end": found["nats"]}, "recall": found["recall"]}
 

@@ -148,7 +148,7 @@ def recalled(bench: Bench, model: Any, measured: dict[str, Any]) -> list[dict[st
 
 @torch.no_grad()
 def window_alone(model: Any) -> bool:
-    """Take the linear part from every LoLCATs layer: with g = 1, what is older than the window weighs 1 − g = 0. False if none is there."""
+    """Take the linear part from every LoLCATs layer: with g = 1, all but window and sinks weighs 1 − g = 0. False if none is there."""
     from subquad.bench.speed import outermost
 
     layers: list[Any] = [module for module in outermost(model) if module.card.name == "lolcats"]

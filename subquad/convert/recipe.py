@@ -96,7 +96,7 @@ class Recipe:
 def recipes() -> dict[str, Recipe]:
     """The recipes that come with the library, by name."""
     folder = resources.files("subquad") / "convert" / "recipes"
-    files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name.removesuffix(".toml"))
     return {(name := file.name.removesuffix(".toml")): parse(name, file.read_text(encoding="utf-8"), file.name) for file in files}
 
 

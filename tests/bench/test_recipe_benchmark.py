@@ -140,11 +140,12 @@ def test_a_conversion_is_measured_at_every_point(parts, tokenizer, tmp_path):
     assert record["new_parameters"] == 3 * 4 * (2 * 8 * 64 + 1)  # of three layers, four heads: two maps and a factor
     assert [list(json.loads(one)["points"]) for one in told] == [["start"], ["start", "transfer"]]
     assert record["window_alone"]["nats"]["book"] != record["points"]["finetune"]["book"]
-    fresh = make_llama()
-    expected = worker.nats(subquad.swap(fresh, "sliding-window", window=8, sinks=0, layers="3:1"), bench.tokens(task["data"]), measured)
-    model = worker.placed(bench.fresh(), task)
-    assert worker.window_alone(model)
-    assert worker.nats(model, bench.tokens(task["data"]), measured)["book"] == pytest.approx(expected["book"], abs=1e-5)
+    for sinks in (0, 2):
+        window = subquad.swap(make_llama(), "sliding-window", window=8, sinks=sinks, layers="3:1")
+        expected = worker.nats(window, bench.tokens(task["data"]), measured)
+        model = worker.placed(bench.fresh(), task | {"options": {"window": 8, "sinks": sinks}})
+        assert worker.window_alone(model)
+        assert worker.nats(model, bench.tokens(task["data"]), measured)["book"] == pytest.approx(expected["book"], abs=1e-5)
 
 
 def test_passkeys_are_in_half_of_the_sequences(parts, tokenizer):

@@ -25,6 +25,7 @@ from subquad.contract import option_defaults
 DEVICE = torch.device(os.environ.get("SUBQUAD_TEST_DEVICE", "cpu"))
 HEADS, KV_HEADS, DIM = 4, 2, 16
 SMALL = {"window": 24, "window_size": 24, "block": 16, "block_size": 16, "block_q": 16, "block_k": 16}  # cross borders early
+COUNTS = {"sinks": 3}  # what variants make of counts that are 0 by default
 LENGTHS = (1, 2, 15, 17, 63, 65, 130)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -152,16 +153,21 @@ def modes(name: str) -> list[Case]:
 
 
 def variants(case: Case) -> list[Case]:
-    """The case with each on/off or named option (a bool, or a Literal) changed, one at a time."""
+    """The case with each on/off or named option (a bool, a Literal, or one of COUNTS) changed, one at a time."""
     cls = subquad.mechanism(case.name)
     hints = typing.get_type_hints(cls.__init__)
     found = []
     for option, default in option_defaults(cls).items():
         if option == "causal":
             continue
-        values = (True, False) if isinstance(default, bool) else typing.get_args(hints.get(option))
-        named = isinstance(default, bool) or typing.get_origin(hints.get(option)) is typing.Literal
-        found += [Case(case.name, case.causal, ((option, value),)) for value in values if named and value != default]
+        values: tuple[Any, ...] = ()
+        if isinstance(default, bool):
+            values = (True, False)
+        elif typing.get_origin(hints.get(option)) is typing.Literal:
+            values = typing.get_args(hints[option])
+        elif default == 0 and option in COUNTS:
+            values = (COUNTS[option],)
+        found += [Case(case.name, case.causal, ((option, value),)) for value in values if value != default]
     return found
 
 

@@ -148,6 +148,10 @@ def test_lolcats(affine):
     found = weights("lolcats", q, k, parameters=identity, options={"window": 2, "feature_dim": 2, "affine_factors": affine})
     row = torch.tensor([0.9 * 0.75 if affine else 0.75, 0.1, 0.05])  # φ(q)·φ(−q) = 4 · 3/4 · 1/4
     expect(found, [1, 0, 0], [0.5, 0.5, 0], (row / row.sum()).tolist())
+    # a window of 1 and a sink: the maximum is over both, and only the token between them is the past
+    options = {"window": 1, "sinks": 1, "feature_dim": 2, "affine_factors": affine}
+    found = weights("lolcats", q, k[:, [2, 0, 1]], parameters=identity, options=options)
+    expect(found, [1, 0, 0], [0.5, 0.5, 0], (row / row.sum())[[2, 0, 1]].tolist())
 
 
 def test_rala():

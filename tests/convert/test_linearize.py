@@ -13,7 +13,14 @@ TOKENS = torch.randint(97, (2000,), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize(
-    "name, options", [("lizard", {"window": 8}), ("lawcat", {}), ("lawcat", {"window": 8}), ("lolcats", {"window": 8})]
+    "name, options",
+    [
+        ("lizard", {"window": 8}),
+        ("lawcat", {}),
+        ("lawcat", {"window": 8}),
+        ("lolcats", {"window": 8}),
+        ("lolcats", {"window": 8, "sinks": 2}),
+    ],
 )
 def test_forty_steps_bring_each_layer_nearer_to_softmax(name, options):
     teacher = tiny_llama()

@@ -20,6 +20,7 @@ CASES = {
     "hedgehog-softmax2": ("hedgehog", {"feature_map": "softmax2", "feature_dim": 3}),
     "hedgehog-encoder": ("hedgehog", {"causal": False}),
     "lolcats": ("lolcats", {"window": 5, "feature_dim": 6}),
+    "lolcats-sinks": ("lolcats", {"window": 5, "sinks": 3, "feature_dim": 6}),
     "lolcats-terrace": ("lolcats", {"window": 4, "window_form": "tk", "affine_factors": True, "feature_dim": 8}),
 }
 every = pytest.mark.parametrize("case", CASES)

@@ -67,6 +67,12 @@ def test_the_baseline_is_tuned_as_lolcats():
     assert recipe("sliding-window").options == {"window": 64, "sinks": 4}
 
 
+def test_lolcats_with_sinks_is_lolcats_on_top_of_the_baseline():
+    one, paper = recipe("lolcats-sinks"), recipe("lolcats")
+    assert (one.mechanism, one.stages) == (paper.mechanism, paper.stages)
+    assert one.options == {**paper.options, "sinks": 4} == recipe("sliding-window").options
+
+
 def test_tokens_and_steps(mine):
     one = recipe(mine)
     assert one.name == "mine" and (one.tokens("transfer"), one.tokens("finetune")) == (30 * 16, 10 * 2 * 16)

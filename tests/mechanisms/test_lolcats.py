@@ -1,11 +1,11 @@
-"""LoLCATs: both windows by the keys that they name, and what is left when either part is empty."""
+"""LoLCATs: both windows and the sinks by the keys that they name, and what is left when either part is empty."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import subquad
-from subquad import Rotary
+from subquad import InputError, Rotary, Shape
 
 FORMS = ("sw", "tk")
 BY_FORM = pytest.mark.parametrize("window_form", FORMS)
@@ -106,8 +106,136 @@ def test_the_two_windows_differ():
     assert apart.tolist() == [not x for x in same] and 0 < sum(same) < N
 
 
-@BY_FORM
-def test_a_window_longer_than_the_text_changes_nothing_in_a_model(window_form):
+# ---- sinks ----
+
+BY_SINKS = pytest.mark.parametrize("sinks", [1, 4])
+
+
+def by_definition(module, q, k, v):
+    """Query by query: which keys are near, their weights relative to their maximum, the others' by features, and one sum."""
+    fq, fk = (x.transpose(1, 2) for x in module.feature_pair(q, k))
+    k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+    g = module.window_factor.sigmoid()[:, None]
+    rows = []
+    for i in range(q.shape[1]):
+        near = sorted({*range(min(module.sinks, i + 1)), *range(max(0, i - module.window + 1), i + 1)})
+        far = sorted({*range(i + 1)} - {*near})
+        scores = torch.einsum("bhd,bhmd->bhm", q[:, i], k[:, :, near]) / 4
+        a = g * (scores - scores.amax(-1, keepdim=True)).exp()
+        b = torch.einsum("bhf,bhmf->bhm", fq[:, :, i], fk[:, :, far]) * (1 - g if module.affine_factors else 1)
+        total = torch.einsum("bhm,bhmv->bhv", a, v[:, :, near]) + torch.einsum("bhm,bhmv->bhv", b, v[:, :, far])
+        rows.append(total / (a.sum(-1) + b.sum(-1))[..., None])
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("affine_factors", [False, True])
+@pytest.mark.parametrize("window", [1, W])
+@BY_SINKS
+def test_sinks_by_definition(sinks, window, affine_factors):
+    """Of any length around what the softmax part holds: values, gradients, and the same token by token."""
+    module = make(window=window, sinks=sinks, affine_factors=affine_factors)
+    for n in sorted({1, sinks, sinks + 1, *range(window - 1, window + 2), *range(window + sinks - 1, window + sinks + 3), 40} - {0}):
+        x = [t.requires_grad_() for t in qkv(n)]
+        expected, found = by_definition(module, *x), module(*x)
+        assert (found - expected).abs().max() < 1e-12
+        weight, leaves = torch.randn_like(expected), [*x, *module.parameters()]
+        for a, b in zip(*(torch.autograd.grad((o * weight).sum(), leaves, materialize_grads=True) for o in (found, expected))):
+            assert (a - b).abs().max() < 1e-11
+        state = None
+        for t in range(n):
+            o, state = module(*(y[:, t : t + 1] for y in x), state=state, return_state=True)
+            assert (o - expected[:, t : t + 1]).abs().max() < 1e-12
+
+
+@BY_SINKS
+def test_packed_sequences_have_sinks_of_their_own(sinks):
+    """Behind their states as well, and with states that both ways of reading leave alike."""
+    module, lengths, more = make(window=W, sinks=sinks), (3, W, 0, W + sinks, 1, 40), (2, 20, 5, 0, W, 7)
+    parts = [qkv(a + b) for a, b in zip(lengths, more)]
+    parts = [[x[:1] for x in part] for part in parts]
+    ends, later = (torch.tensor([0, *counts]).cumsum(0) for counts in (lengths, more))
+    first = [torch.cat([part[i][:, :n] for part, n in zip(parts, lengths)], 1) for i in range(3)]
+    rest = [torch.cat([part[i][:, n:] for part, n in zip(parts, lengths)], 1) for i in range(3)]
+    o, state = module(*first, cu_seqlens=ends, return_state=True)
+    behind, last = module(*rest, cu_seqlens=later, state=state, return_state=True)
+    for row, (part, n) in enumerate(zip(parts, lengths)):
+        expected = by_definition(module, *part)
+        assert (o[:, ends[row] : ends[row + 1]] - expected[:, :n]).abs().amax((0, 2, 3)).lt(1e-12).all()
+        assert (behind[:, later[row] : later[row + 1]] - expected[:, n:]).abs().amax((0, 2, 3)).lt(1e-12).all()
+        _, alone = module(*part, return_state=True)
+        for name in ("S", "k", "v"):
+            assert (last[name][row] - alone[name][0]).abs().max() < 1e-12
+
+
+@BY_SINKS
+def test_a_state_is_handed_over_at_every_cut(sinks):
+    w, n = 5, 5 + 2 * sinks + 6
+    module, x = make(window=w, sinks=sinks), qkv(n)
+    expected = by_definition(module, *x)
+    _, whole = module(*x, return_state=True)
+    for cut in range(n + 1):
+        before, state = module(*(y[:, :cut] for y in x), return_state=True)
+        for step in (n, 1, 2):
+            now, outputs = state, [before]
+            for t in range(cut, n, step):
+                o, now = module(*(y[:, t : t + step] for y in x), state=now, return_state=True)
+                outputs.append(o)
+            assert (torch.cat(outputs, 1) - expected).abs().max() < 1e-12
+            for name in ("S", "k", "v"):
+                assert (now[name] - whole[name]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("affine_factors", [False, True])
+@BY_SINKS
+def test_window_and_sinks_over_all_tokens_are_softmax(sinks, affine_factors):
+    q, k, v = qkv()
+    expected = subquad.attention("softmax", 4, 16, kv_heads=2)(q, k, v)
+    o, state = make(window=N - sinks, sinks=sinks, affine_factors=affine_factors)(q, k, v, return_state=True)
+    assert (o - expected).abs().max() < 1e-12 and state["S"].abs().max() == 0
+    assert (make(window=N - sinks - 1, sinks=sinks)(q, k, v) - expected)[:, -1].abs().max() > 1e-6  # one token is past
+
+
+@BY_SINKS
+def test_without_the_past_it_is_a_sliding_window_with_sinks(sinks):
+    q, k, v = qkv()
+    baseline = subquad.attention("sliding-window", 4, 16, kv_heads=2, window=W, sinks=sinks)
+    module = make(50.0, window=W, sinks=sinks, affine_factors=True)  # g = 1, and so the past weighs nothing
+    expected, found = baseline(q, k, v), module(q, k, v)
+    assert (found - expected).abs().max() < 1e-12
+    seen = softmax_over(q, k, v, lambda i: {*range(min(sinks, i + 1)), *window_of(i, "sw")})
+    assert (found - seen).abs().max() < 1e-12
+
+
+def test_what_sinks_cost_and_say():
+    options, shape = {"window": W, "sinks": 4, "feature_dim": 16}, Shape(1000, 4, 16, kv_heads=2, batch=3, itemsize=8)
+    module, plain = make(window=W, sinks=4), make(window=W)
+    q, k, v = (torch.cat([x, x[:1]]) for x in qkv())
+    _, state = module(q, k, v, return_state=True)
+    assert state.nbytes == module.card.state_bytes(shape, **options)
+    assert state.nbytes - plain(q, k, v, return_state=True)[1].nbytes == 3 * 4 * 2 * (16 + 16) * 8  # 4 keys and values of 2 heads
+    pairs = (module.card.flops(shape, **options) - module.card.flops(shape, **{**options, "sinks": 0})) / (2 * 3 * 4 * (16 + 16))
+    assert pairs == 4 * 1000
+    kept, paper = (m.card.kept(shape, **m.options) for m in (module, plain))
+    assert "the first 4 tokens" in kept and kept.startswith(paper) and "first" not in paper
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sinks": 1, "window_form": "tk"}, "sinks: got 1; expected 0 with window_form 'tk'"),
+        ({"sinks": -1}, "sinks: got -1; expected an integer of at least 0"),
+        ({"sinks": 2.0}, "sinks: got 2.0; expected an integer"),
+    ],
+)
+def test_sinks_that_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [*({"window": 32, "window_form": form} for form in FORMS), {"window": 20, "sinks": 6}], ids=[*FORMS, "sinks"]
+)
+def test_a_window_longer_than_the_text_changes_nothing_in_a_model(options):
     """Swapped and untrained, a model of Llama's kind says what it said, and generates the same with its cache."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -117,6 +245,6 @@ def test_a_window_longer_than_the_text_changes_nothing_in_a_model(window_form):
     greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         before, generated = model(ids).logits, model.generate(ids, **greedy)
-        subquad.swap(model, "lolcats", window=32, window_form=window_form)
+        subquad.swap(model, "lolcats", **options)
         assert (model(ids).logits - before).abs().max() < 1e-4 * before.abs().max()
         assert torch.equal(model.generate(ids, **greedy), generated)

@@ -1,12 +1,13 @@
 """LoLCATs: linear attention over the past and softmax over a window, under one normaliser.
 
-    a_ij = g exp(q_i·k_j / √D − c_i)     j in the window of i,  c_i the greatest q_i·k_j / √D there
-    a_ij = f φ_q(q_i)·φ_k(k_j)           j older than the window
+    a_ij = g exp(q_i·k_j / √D − c_i)     j in the window of i or a sink,  c_i the greatest q_i·k_j / √D there
+    a_ij = f φ_q(q_i)·φ_k(k_j)           all other j older than the window
     o_i  = Σ_j a_ij v_j / Σ_j a_ij       φ(x) = [softmax(W x), softmax(−W x)], each ≥ 1e-12
 
 g = sigmoid(window_factor) per head, f = 1 − g with `affine_factors`, else 1. c_i is part of the definition: the window's
 weights are relative to their own maximum, the others absolute, so the window part with its log-sum-exp weighs
 g exp(lse_i − c_i). Two windows: "sw", the last w tokens; "tk" (terrace), the own block of w and the one before it.
+`sinks`, this library's own option, keeps the first tokens in the softmax part for good, as Xiao et al. do (arXiv 2309.17453).
 In bfloat16, φ is computed in float32 and rounded, so that each weight of the past is off by up to 2^-8 of itself.
 Rotary turns q and k before all else; grouped keys are repeated to the query heads before the map; W is per query head,
 apart for q and k. Zhang et al.: LoLCATs (arXiv 2410.10254); windows and factors as in HazyResearch/lolcats.
@@ -14,6 +15,7 @@ apart for q and k. Zhang et al.: LoLCATs (arXiv 2410.10254); windows and factors
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -26,7 +28,8 @@ from subquad.ops.common import expand_heads
 from subquad.ops.feature_maps import project_softmax_halves
 from subquad.ops.linear import linear_sums
 from subquad.ops.sparse import Layout, sparse_attention
-from subquad.ops.sparse.recent import Near, attend_behind
+from subquad.ops.sparse.recent import Near, attend_behind, kept_positions
+from subquad.ops.sparse.ring import store
 from subquad.ops.sparse.stream import Stream
 from subquad.rotary import Rotary, rotate
 from subquad.state import State
@@ -35,20 +38,20 @@ Past = tuple[Tensor, Tensor, Tensor]  # sums of values [B, N, H, V] and of weigh
 START = -2.1972245773362196  # of the window factor: its sigmoid is 0.1
 
 
-def _held(window: int, window_form: str) -> int:
-    """P, the tokens kept: all that a window may still see."""
-    return window if window_form == "sw" else 2 * window
+def _held(window: int, window_form: str, sinks: int) -> int:
+    """P, the tokens kept: the sinks, and all that a window may still see."""
+    return sinks + (window if window_form == "sw" else 2 * window)
 
 
-def _flops(s: Shape, window: int = 64, window_form: str = "sw", feature_dim: int = 64, **_: object) -> float:
-    near = min(s.tokens, _held(window, window_form)) * (s.head_dim + s.values)
+def _flops(s: Shape, window: int = 64, window_form: str = "sw", sinks: int = 0, feature_dim: int = 64, **_: object) -> float:
+    near = min(s.tokens, _held(window, window_form, sinks)) * (s.head_dim + s.values)
     far = 2 * s.head_dim * feature_dim + 4 * feature_dim * (s.values + 1)
     return 2 * s.batch * s.tokens * s.heads * (near + far)
 
 
-def _state_bytes(s: Shape, window: int = 64, window_form: str = "sw", feature_dim: int = 64, **_: object) -> float:
+def _state_bytes(s: Shape, window: int = 64, window_form: str = "sw", sinks: int = 0, feature_dim: int = 64, **_: object) -> float:
     sums = s.heads * 2 * feature_dim * (s.values + 1) * max(4, s.itemsize)
-    return s.batch * (sums + _held(window, window_form) * s.kv * (s.head_dim + s.values) * s.itemsize)
+    return s.batch * (sums + _held(window, window_form, sinks) * s.kv * (s.head_dim + s.values) * s.itemsize)
 
 
 CARD = Card(
@@ -74,6 +77,7 @@ class Lolcats(Attention):
     Args:
         window: w.
         window_form: "sw", the last w tokens, or "tk", the own block of w tokens and the one before it.
+        sinks: first tokens that every later one sees by softmax and not by the linear part; 0, the paper's, with "tk".
         feature_dim: F, the width of W x; there are 2F features.
         affine_factors: the linear part is weighed by 1 − g instead of 1.
         init: W is the identity (its first F columns), a map that follows q·k from the start, or drawn as the released
@@ -83,8 +87,8 @@ class Lolcats(Attention):
     card = CARD
 
     def __init__(
-        self, heads: int, head_dim: int, *, window: int = 64, window_form: Literal["sw", "tk"] = "sw", feature_dim: int = 64,
-        affine_factors: bool = False, init: Literal["identity", "kaiming"] = "identity", **sizes: object,
+        self, heads: int, head_dim: int, *, window: int = 64, window_form: Literal["sw", "tk"] = "sw", sinks: int = 0,
+        feature_dim: int = 64, affine_factors: bool = False, init: Literal["identity", "kaiming"] = "identity", **sizes: object,
     ) -> None:  # fmt: skip
         super().__init__(heads, head_dim, **sizes)  # type: ignore[arg-type]
         for name, value, known in (("window_form", window_form, ("sw", "tk")), ("init", init, ("identity", "kaiming"))):
@@ -93,8 +97,14 @@ class Lolcats(Attention):
         for name, size in (("window", window), ("feature_dim", feature_dim)):
             if not isinstance(size, int) or size < 1:
                 raise InputError(name, size, "a positive integer")
-        self.window, self.window_form, self.feature_dim = window, window_form, feature_dim
-        self.affine_factors, self.init, self.held = affine_factors, init, _held(window, window_form)
+        if not isinstance(sinks, int) or sinks < 0:
+            raise InputError("sinks", sinks, "an integer of at least 0")
+        if sinks and window_form == "tk":
+            raise InputError("sinks", sinks, "0 with window_form 'tk'")
+        self.window, self.window_form, self.sinks, self.feature_dim = window, window_form, sinks, feature_dim
+        self.affine_factors, self.init, self.held = affine_factors, init, _held(window, window_form, sinks)
+        if sinks:
+            self.card = replace(self.card, keeps=self.card.keeps + ", and those of the first {sinks} tokens")
         for name in ("W_q", "W_k"):
             weight = torch.eye(head_dim, feature_dim).repeat(heads, 1, 1)
             if init == "kaiming":
@@ -123,7 +133,7 @@ class Lolcats(Attention):
             fq, fk: features ``[B, H, ·, 2F]``.
             scores: q·k / √D, −inf where a query does not see a key.
         """
-        far = j < self.past_of(i)
+        far = (j < self.past_of(i)) & (j >= self.sinks)
         near = scores.masked_fill(far, -torch.inf)
         g = self.window_factor.to(fq.dtype).sigmoid()[:, None, None]
         past = (fq @ fk.mT).where(far & (scores > -torch.inf), 0.0)
@@ -131,10 +141,11 @@ class Lolcats(Attention):
         return a / a.sum(-1, keepdim=True)
 
     def layout(self, n: int, m: int) -> Layout:
-        return Layout.window(n, self.window, m=m) if self.window_form == "sw" else Layout.terrace(n, self.window, m)
+        """The keys of the softmax part."""
+        return Layout.window(n, self.window, self.sinks, m) if self.window_form == "sw" else Layout.terrace(n, self.window, m)
 
     def past_of(self, position: Tensor) -> Tensor:
-        """The first key position that a query's window reaches; all before it are its past."""
+        """The first key position that a query's window reaches; all before it but the sinks are its past."""
         w = self.window
         return position - w + 1 if self.window_form == "sw" else (position // w - 1) * w
 
@@ -166,28 +177,34 @@ def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tup
     stream = Stream(module.held, rows, q.shape[1], cu, device)
     joined = stream.join(held[0], k), stream.join(held[1], v)
     if call.state is not None:
-        near = attend_behind(q, *joined, module.layout, stream, length)
+        near = attend_behind(q, *joined, module.layout, stream, length, module.sinks)
     past = sliding_past if module.window_form == "sw" else terrace_past
     far, mass, sums = past(module, q, *joined, stream, length, sums, cu)
     o = module.combine(near, far, mass).to(q.dtype)
     if not call.return_state:
         return o, None
-    k, v = (stream.last(x, module.held) for x in joined)
-    return o, {"S": sums, "k": k, "v": v}
+    kept = [stream.last(x, module.held - module.sinks) for x in joined]
+    if module.sinks:
+        first = [store(x[:, : module.sinks], new, length, module.sinks, cu) for x, new in zip(held, (k, v))]
+        kept = [torch.cat(pair, 1) for pair in zip(first, kept)]
+    return o, {"S": sums, "k": kept[0], "v": kept[1]}
 
 
 def from_start(
     module: Lolcats, q: Tensor, k: Tensor, v: Tensor, near: Near, return_state: bool
 ) -> tuple[Tensor, dict[str, Tensor] | None]:  # fmt: skip
     """A batch without a state: query i sees the keys up to i − w, so that later queries against earlier keys are a causal pass."""
-    w, late = module.window, max(0, q.shape[1] - module.window)
-    fq, fk = module.features("W_q", q[:, w:]), module.features("W_k", k[:, :late])
-    far, mass, sums = linear_sums(fq, fk, v[:, :late].to(fq.dtype), return_state=return_state)
-    first = (0, 0, 0, 0, q.shape[1] - late, 0)  # these have no past
+    n, w, sinks = q.shape[1], module.window, module.sinks
+    late = max(0, n - w - sinks)  # queries with a past, and keys in it
+    past = slice(sinks, sinks + late)
+    fq, fk = module.features("W_q", q[:, w + sinks :]), module.features("W_k", k[:, past])
+    far, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
+    first = (0, 0, 0, 0, n - late, 0)
     o = module.combine(near, pad(far, first), pad(mass, first)).to(q.dtype)
     if not return_state:
         return o, None
-    k, v = (pad(x[:, late:], (0, 0, 0, 0, w - (q.shape[1] - late), 0)) for x in (k, v))
+    empty = [x.new_zeros(x.shape[0], max(0, sinks - n) + max(0, w - n), *x.shape[2:]) for x in (k, v)]
+    k, v = (torch.cat([x[:, :sinks], gap, x[:, max(0, n - w) :]], 1) for x, gap in zip((k, v), empty))
     return o, {"S": sums, "k": k, "v": v}
 
 
@@ -200,9 +217,10 @@ def sliding_past(
     module: Lolcats, q: Tensor, k: Tensor, v: Tensor, stream: Stream, length: Tensor, sums: Tensor, cu_seqlens: Tensor | None
 ) -> Past:
     """Keys enter the past w tokens late: a causal pass over keys and values delayed by w gives it exactly."""
-    fq, fk = module.features("W_q", q), module.features("W_k", stream.delayed(k))
-    real = (stream.positions(length) >= module.window)[..., None, None].to(fq.dtype)
-    v = stream.delayed(v).to(fq.dtype) * real
+    w = module.window
+    fq, fk = module.features("W_q", q), module.features("W_k", stream.delayed(k, w))
+    real = (stream.positions(length) >= w + module.sinks)[..., None, None].to(fq.dtype)
+    v = stream.delayed(v, w).to(fq.dtype) * real
     real = real.expand(*v.shape[:2], 1, 1)
     return linear_sums(fq, fk, v, counts=real, initial_state=sums, return_state=True, cu_seqlens=cu_seqlens)
 
@@ -253,21 +271,26 @@ def terrace_past(
 
 
 def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
-    """One token: what leaves the window enters the sums, then the token sees both."""
-    dtype, w = compute_dtype(q), module.window
+    """One token: what leaves the window enters the sums, unless it is a sink, then the token sees both."""
+    dtype, w, sinks = compute_dtype(q), module.window, module.sinks
     length = state.length[:, None]
     k, v = torch.cat([state["k"], k], 1), torch.cat([state["v"], v], 1)
-    k_pos = length + torch.arange(-module.held, 1, device=q.device)
+    k_pos = torch.cat([kept_positions(state.length, module.held - sinks, sinks), length], 1)
     wide_q, wide_k, wide_v = (x.to(dtype) for x in (q, k, v))
-    leaving = 1 if module.window_form == "sw" else w
-    real = k_pos[:, :leaving] >= 0
+    leaving = slice(sinks, sinks + (1 if module.window_form == "sw" else w))
+    real = k_pos[:, leaving] >= sinks
     real = real if module.window_form == "sw" else real & (length % w == 0)
-    gone = expand_heads(with_ones(wide_v[:, :leaving], real), module.heads)
-    sums = state["S"] + module.features("W_k", k[:, :leaving]).to(dtype).permute(0, 2, 3, 1) @ gone.transpose(1, 2)
+    gone = expand_heads(with_ones(wide_v[:, leaving], real), module.heads)
+    sums = state["S"] + module.features("W_k", k[:, leaving]).to(dtype).permute(0, 2, 3, 1) @ gone.transpose(1, 2)
     layout = module.layout(1, module.held + 1)
     near = sparse_attention(wide_q, wide_k, wide_v, layout, q_pos=length, k_pos=k_pos, return_lse=True, return_max=True)
     far = (module.features("W_q", q).to(dtype).transpose(1, 2) @ sums).transpose(1, 2)
-    return module.combine(near, far[..., :-1], far[..., -1:]).to(q.dtype), {"S": sums, "k": k[:, 1:], "v": v[:, 1:]}
+    o = module.combine(near, far[..., :-1], far[..., -1:]).to(q.dtype)
+    if not sinks:
+        return o, {"S": sums, "k": k[:, 1:], "v": v[:, 1:]}
+    here = (torch.arange(sinks, device=q.device) == length)[..., None, None]
+    k, v = (torch.cat([x[:, -1:].where(here, x[:, :sinks]), x[:, sinks + 1 :]], 1) for x in (k, v))
+    return o, {"S": sums, "k": k, "v": v}
 
 
 def reference(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, *, rotary: Rotary | None = None, **_: object) -> Tensor:
@@ -277,7 +300,7 @@ def reference(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, *, rotary: Rotar
     fq, fk = (torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp(min=1e-12) for y in (y_q, y_k))
     i, w = torch.arange(q.shape[1], device=q.device)[:, None], module.window
     j, start = i.T, i - w + 1 if module.window_form == "sw" else (i // w - 1) * w
-    near, far = (j <= i) & (j >= start), j < start
+    near, far = (j <= i) & ((j >= start) | (j < module.sinks)), (j < start) & (j >= module.sinks)
     s = (torch.einsum("bnhd,bmhd->bhnm", q, k) * module.head_dim**-0.5).masked_fill(~near, -torch.inf)
     g = module.window_factor.sigmoid()[:, None, None]
     a = g * (s - s.amax(-1, keepdim=True)).exp() if s.numel() else s

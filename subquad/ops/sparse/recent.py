@@ -52,10 +52,27 @@ def recent_attention(
     return near, {"k": stream.last(joined[0], window), "v": stream.last(joined[1], window)}
 
 
-def attend_behind(q: Tensor, k: Tensor, v: Tensor, layout: Callable[[int, int], Layout], stream: Stream, length: Tensor) -> Near:
-    """(o, lse, max) of new queries against joined keys and values, by position; `layout` makes one of n queries by m keys."""
+def kept_positions(length: Tensor, window: int, sinks: int = 0) -> Tensor:
+    """Where kept tokens stand, ``[R, sinks + window]``: the first `sinks`, then the last `window` of `length` ``[R]``.
+
+    Negative where there is none; a sink that the window still holds stands there alone.
+    """
+    last = length[:, None] + torch.arange(-window, 0, device=length.device)
+    if not sinks:
+        return last
+    first = torch.arange(sinks, device=length.device)
+    return torch.cat([first.where(first < last[:, :1], -1), last], 1)
+
+
+def attend_behind(
+    q: Tensor, k: Tensor, v: Tensor, layout: Callable[[int, int], Layout], stream: Stream, length: Tensor, sinks: int = 0
+) -> Near:
+    """(o, lse, max) of new queries against joined keys and values, by position; `layout` makes one of n queries by m keys.
+
+    What `stream` joins is the first `sinks` tokens and the last, as `kept_positions` has them.
+    """
     new = stream.positions(length)
-    before = length[:, None] + torch.arange(-stream.past, 0, device=q.device)
+    before = kept_positions(length, stream.past - sinks, sinks)
     q, q_pos, k_pos = stream.pad(q), stream.pad(new, -1), stream.join(before, new)
     near = sparse_attention(
         q, k, v, layout(q.shape[1], k.shape[1]), q_pos=q_pos, k_pos=k_pos, cu_seqlens=stream.cu_seqlens,

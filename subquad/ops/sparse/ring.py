@@ -1,6 +1,7 @@
 """Rings: the last tokens of every row, and for good the first few, in a fixed number of slots.
 
-Token p stands in slot p if p < sinks, else in slot sinks + (p − sinks) mod window; `length` tokens have been seen.
+Token p stands in slot p if p < sinks, else in slot sinks + (p − sinks) mod window, or in none where `window` is 0; `length`
+tokens have been seen.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ def holds(length: Tensor, window: int, sinks: int) -> Tensor:
     """The position that each slot holds after `length` ``[R]`` tokens, ``[R, sinks + window]``; an empty slot's is −1 or ≥ length."""
     slot = torch.arange(sinks + window, device=length.device)
     last = length[:, None] - 1
-    ring = last - (last - slot) % window
+    ring = last - (last - slot) % max(1, window)
     return torch.where(slot < sinks, slot, ring.where(ring >= sinks, -1))
 
 

@@ -53,9 +53,11 @@ class Stream:
         """The inverse of `pad`."""
         return padded if self.cu_seqlens is None else padded[:, self.index]
 
-    def delayed(self, joined: Tensor) -> Tensor:
-        """For each new token, the one P tokens earlier."""
-        return joined[:, : self.tokens] if self.cu_seqlens is None else joined[:, self.index - self.past]
+    def delayed(self, joined: Tensor, by: int) -> Tensor:
+        """For each new token, the joined one that stands `by` ≤ P before it."""
+        if self.cu_seqlens is None:
+            return joined[:, self.past - by : self.past - by + self.tokens]
+        return joined[:, self.index - by]
 
     def last(self, joined: Tensor, count: int) -> Tensor:
         """The last `count` ≤ P joined tokens of each row, ``[R, count, …]``."""

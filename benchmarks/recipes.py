@@ -81,6 +81,7 @@ JOBS = (
     Job("lolcats", "lolcats", cost=1.5),
     Job("lolcats-sinks", "lolcats-sinks", cost=1.5),
     Job("lolcats 3:1", "lolcats", layers="3:1", cost=1.3),  # every fourth layer keeps softmax
+    Job("lolcats-sinks 3:1", "lolcats-sinks", layers="3:1", cost=1.3),
 )
 SEEDS = (1, 2)  # further ones, of lolcats and of what --seeds-for names
 

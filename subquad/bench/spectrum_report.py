@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from subquad.bench import html
 from subquad.bench.choice import parse_choice
-from subquad.bench.folder import check_new, writing
+from subquad.bench.folder import check_new
 from subquad.bench.machine import commit, versions
 from subquad.bench.plots import Axis, Series, lines
 from subquad.bench.report import write_whole
 from subquad.bench.spectrum import DEFAULT, LEAST, Ranks, check, spectrum
 from subquad.checks import InputError
+from subquad.files import writing
 from subquad.models.vision.released import has_released, load_released, read_checkpoint
 
 HEADS = ("layer", "mechanism", "buffer", "eff.", "head", "eff.", "heads", "eff.")

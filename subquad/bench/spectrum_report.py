@@ -94,10 +94,9 @@ def make_model(name: str, sides: tuple[int, int], weights: Path | None, pretrain
     except ImportError as error:
         raise InputError("model", f"{name!r}, without timm ({error})", "timm installed: pip install 'subquad[convert]'") from None
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 1)
-        raise InputError(
-            "model", repr(name), f"a ViT of timm, or a backbone of this library{f'; did you mean {close[0]!r}?' if close else ''}"
-        )
+        close = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
+        near = f"; nearest: {', '.join(close)}" if close else ", as timm.list_models() lists them"
+        raise InputError("model", repr(name), f"an image model of timm, or of this library{near}")
     sized: dict[str, Any] = {"img_size": sides} if name.startswith(("vit_", "deit", "flexivit")) else {}  # fixed when made
     try:
         torch.manual_seed(0)

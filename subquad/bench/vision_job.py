@@ -91,7 +91,7 @@ def run_job(job: VisionJob, out: Path | None, *, command: str, fresh: bool = Fal
         raise InputError("--seeds", job.seeds, "at least 1")
     device = pick_device(job.device)
     contestants = job.contestants()
-    data = images.load(job.data, job.size)
+    data = images.load(job.data, job.size, progress=progress)
     if len(data.labels) < job.recipe.batch_size:
         raise InputError("--batch-size", job.recipe.batch_size, f"at most the images to train on, {len(data.labels)}")
     sizes = [sum(p.numel() for p in one.build(data, 0, job.drop_path).parameters()) for one in contestants]  # before the folder is made

@@ -395,6 +395,7 @@ def test_vision_model_serves_every_name_and_loads_nothing_before_it_is_called():
         ("heads", lambda: small(heads=(1, 2, 5, 4))),
         ("depths", lambda: small(depths=(1, 0, 1, 1))),
         ("drop_path_rate", lambda: small(drop_path_rate=1.0)),
+        ("in_chans", lambda: small(in_chans=0)),
         ("name", lambda: small(mechanisms=("rala", "ralla", "softmax", "softmax"))),
         ("name", lambda: vision_model("ravlt_x")),
         ("num_classes", lambda: small().reset_classifier(-1)),

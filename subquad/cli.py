@@ -234,7 +234,7 @@ def swap(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text: files, folders of .txt and .md, to teach and measure on (default: the embedded book); self: the model writes it."
+            help="Files, folders, or hub:owner/name, a data set (default: the embedded book); self: the model writes what it learns from."
         ),
     ] = None,
     self_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model writes with --text self.")] = 65536,

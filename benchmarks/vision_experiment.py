@@ -6,10 +6,12 @@ There is no convolution but that of the patches: with a stem of four, which sees
 the attention (docs/lab-notes.md).
 
 python benchmarks/vision_experiment.py --device cuda --out FOLDER      nine mechanisms × three seeds, 190 s at most
+python benchmarks/vision_experiment.py --data mnist                    plain digits at 56 × 56, shifted at random; or scikit-learn's: digits
 python benchmarks/vision_experiment.py --quick                         the same in small, on a CPU: shows that it works, and nothing else
 
 The digits are the 10,000 of the package: 8,000 are composed into new canvases for every batch, 2,000 are tested on, on canvases with as
-much clutter as in training, with none, and with twice as much. Several processes share the device; the time of a step is measured before,
+much clutter as in training, with none, and with twice as much. The effective rank is that of what attention gives, all heads side by side,
+in the trained model: mean over layers and images held out. Several processes share the device; the time of a step is measured before,
 by each mechanism alone. Seeds come one after another, so that what is stopped by `--seconds` is whole for the seeds that it has.
 """
 
@@ -30,9 +32,29 @@ from common import RESULTS, ROOT, Report, failure, slug
 from torch import nn
 
 MECHANISMS = ("softmax", "linear-relu", "linear-elu", "rala", "mala", "nalaformer", "inline", "l2vit", "lightnet")
-SIDE, PATCH = 42, 3  # of the canvas and of a token: 14 × 14 tokens
 PIECES = (4, 0, 8)  # of clutter: as in training, none, twice as many
-COLUMNS = ("mechanism", "seeds", "accuracy", "without clutter", "with twice the clutter", "half-way", "ms a step", "training s")
+RANKED = 32  # images that the rank is taken on
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images: their side, that of a token, words for the title, and what is tested on, by name, with its column."""
+
+    side: int
+    patch: int
+    words: str
+    tests: dict[str, str]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("mechanism", "seeds", *self.tests.values(), "half-way", "effective rank", "ms a step", "training s")
+
+
+TASKS = {
+    "cluttered": Task(42, 3, "cluttered digits", dict(zip(map(str, PIECES), ("accuracy", "without clutter", "with twice the clutter")))),
+    "mnist": Task(56, 4, "MNIST's digits, shifted", {"held out": "accuracy"}),
+    "digits": Task(32, 4, "scikit-learn's digits, shifted", {"held out": "accuracy"}),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,11 @@ class Plan:
     digits: int
     tests: int
     lr: float = 3e-3
+    data: str = "cluttered"
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.data]
 
 
 FULL = Plan(seeds=3, epochs=24, batch=128, width=64, depth=4, heads=2, digits=8000, tests=2000)
@@ -62,19 +89,20 @@ def backbone(plan: Plan, mechanism: str, seed: int) -> nn.Module:
 
     sizes = {"embed_dim": plan.width, "depth": plan.depth, "num_heads": plan.heads, "in_chans": 1, "num_classes": 10}
     torch.manual_seed(seed)
-    model = VisionTransformer(img_size=SIDE, patch_size=PATCH, class_token=False, global_pool="avg", **sizes)
+    model = VisionTransformer(img_size=plan.task.side, patch_size=plan.task.patch, class_token=False, global_pool="avg", **sizes)
     torch.manual_seed(seed)
     return subquad.swap(model, mechanism)
 
 
 def data_sets(plan: Plan) -> list[Any]:
-    """One for each of `PIECES`; the first is trained on."""
+    """One for each of the task's tests; the first is trained on."""
     from subquad.train import images
 
-    whole = images.load("mnist", 28)
+    clutter = plan.data == "cluttered"
+    whole = images.load("mnist", 28) if clutter else images.load(plan.data, plan.task.side)
     cut = {"images": plan.digits, "labels": plan.digits, "test_images": plan.tests, "test_labels": plan.tests}
     digits = replace(whole, **{name: getattr(whole, name)[:count] for name, count in cut.items()})
-    return [images.clutter(digits, SIDE, pieces) for pieces in PIECES]
+    return [images.clutter(digits, plan.task.side, pieces) for pieces in PIECES] if clutter else [digits]
 
 
 def recipe(plan: Plan) -> Any:
@@ -105,12 +133,29 @@ def trained(plan: Plan, mechanism: str, seed: int, device: str) -> dict[str, Any
     for other in others:
         shares.append(loop.evaluate(model, other.test_images.to(device), other.test_labels.to(device), *scale, engine)[1])
     return {
-        "accuracy": dict(zip(map(str, PIECES), shares)),
+        "images": len(data.labels),
+        "accuracy": dict(zip(plan.task.tests, shares)),
+        "rank": rank(model, (data.test_images[:RANKED].to(device) - scale[0]) / scale[1]),
         "half_way": result.history[max(0, plan.epochs // 2 - 1)]["accuracy"],
         "history": result.history,
         "seconds": result.seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+@torch.no_grad()
+def rank(model: nn.Module, images: torch.Tensor) -> float:
+    """Effective rank of what attention gives on images ``[B, C, H, W]``, all heads side by side: mean over layers and images."""
+    from subquad.bench.spectrum import ranks
+    from subquad.contract import Attention
+
+    found: list[float] = []
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    handles = [layer.register_forward_hook(lambda _, args, o: found.append(ranks(o.float().flatten(2))[1])) for layer in layers]
+    model.eval()(images)
+    for handle in handles:
+        handle.remove()
+    return statistics.fmean(found)
 
 
 def speed(plan: Plan, device: str) -> dict[str, Any]:
@@ -142,19 +187,22 @@ def spread(shares: list[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(shares):.2f}" if len(shares) > 1 else mean
 
 
-def rows(runs: list[dict[str, Any]], times: dict[str, float]) -> list[list[str]]:
+def rows(runs: list[dict[str, Any]], times: dict[str, float], task: Task) -> list[list[str]]:
     """A row a mechanism, the most accurate first; those that failed last, with the reason."""
     made = []
     for mechanism in MECHANISMS:
         mine = [run for run in runs if run["mechanism"] == mechanism]
         good = [run for run in mine if "error" not in run]
         if not good:
-            made.append((-1.0, [mechanism, "0", mine[0]["error"] if mine else "not run in the time given", *["–"] * 5]))
+            made.append(
+                (-1.0, [mechanism, "0", mine[0]["error"] if mine else "not run in the time given", *["–"] * (len(task.columns) - 3)])
+            )
             continue
-        cells = [spread([run["accuracy"][str(pieces)] for run in good]) for pieces in PIECES]
+        cells = [spread([run["accuracy"][name] for run in good]) for name in task.tests]
         alone = f"{times[mechanism]:.1f}" if mechanism in times else "–"
-        row = [mechanism, str(len(good)), *cells, spread([run["half_way"] for run in good]), alone]
-        mean = statistics.fmean(run["accuracy"][str(PIECES[0])] for run in good)
+        ranked = f"{statistics.fmean(run['rank'] for run in good):.2f}"
+        row = [mechanism, str(len(good)), *cells, spread([run["half_way"] for run in good]), ranked, alone]
+        mean = statistics.fmean(run["accuracy"][next(iter(task.tests))] for run in good)
         made.append((mean, [*row, f"{statistics.fmean(run['seconds'] for run in good):.0f}"]))
     return [row for _, row in sorted(made, key=lambda pair: -pair[0])]
 
@@ -172,7 +220,7 @@ def train_all(report: Report, plan: Plan, device: str, workers: int, deadline: f
                 print(f"{len(tasks) - len(done)} of {len(tasks)} runs had no time", flush=True)
                 break
             last = done[-1]
-            words = last.get("error") or f"{last['accuracy'][str(PIECES[0])]:.2%} in {last['seconds']:.0f} s"
+            words = last.get("error") or f"{next(iter(last['accuracy'].values())):.2%} in {last['seconds']:.0f} s"
             print(f"{len(done)}/{len(tasks)} {last['mechanism']}, seed {last['seed']}: {words}", flush=True)
             fill(report, plan, done)
     return sorted(done, key=lambda run: (run["seed"], MECHANISMS.index(run["mechanism"])))
@@ -183,14 +231,16 @@ def fill(report: Report, plan: Plan, done: list[dict[str, Any]]) -> None:
 
     times = report.result.get("speed", {})
     times = times if "error" not in times else {}
-    title = f"Accuracy on cluttered digits, {SIDE} × {SIDE}, after {plan.epochs} epochs of {plan.digits:,}, per cent"
-    report.result["tables"] = [{"title": title, "columns": list(COLUMNS), "rows": rows(done, times)}]
+    task, count = plan.task, next((run["images"] for run in done if "images" in run), plan.digits)
+    title = f"Accuracy on {task.words}, {task.side} × {task.side}, after {plan.epochs} epochs of {count:,}, per cent"
+    report.result["tables"] = [{"title": title, "columns": list(task.columns), "rows": rows(done, times, task)}]
     report.result["training"] = done
     write_json(report.path, report.result)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Attention mechanisms in one small backbone, trained alike on cluttered digits.")
+    parser = argparse.ArgumentParser(description="Attention mechanisms in one small backbone, trained alike on digits.")
+    parser.add_argument("--data", default="cluttered", choices=tuple(TASKS), help="default: cluttered; digits needs scikit-learn")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="folder of the result file (default: benchmarks/results; with --quick: runs)")
     parser.add_argument("--quick", action="store_true", help="tiny: to see that it works")
@@ -210,19 +260,22 @@ def main() -> int:
     deadline = time.monotonic() + (given.seconds or (190 if cuda else 10**6))
     torch.set_num_threads(1)  # a process is one run, here as in the workers
     plan = QUICK if given.quick else FULL
-    plan = replace(plan, epochs=given.epochs or plan.epochs, seeds=given.seeds or plan.seeds)
-    name = f"vision-experiment-{'quick-' if given.quick else ''}{slug(given.device)}.json"
+    plan = replace(plan, epochs=given.epochs or plan.epochs, seeds=given.seeds or plan.seeds, data=given.data)
+    kind = ("" if plan.data == "cluttered" else f"{plan.data}-") + ("quick-" if given.quick else "")
+    name = f"vision-experiment-{kind}{slug(given.device)}.json"
     report = Report(
         "vision_experiment",
         "Attention for images, trained alike",
         given.device,
         (given.out or (ROOT / "runs" if given.quick else RESULTS)) / name,
     )
-    report.result["plan"] = {**vars(plan), "side": SIDE, "pieces": list(PIECES), "mechanisms": list(MECHANISMS)}
+    task = plan.task
+    report.result["plan"] = {**vars(plan), "side": task.side, "tests": list(task.tests), "mechanisms": list(MECHANISMS)}
     report.result["notes"] = [
-        "One backbone (a small ViT), one recipe, the same batches and first weights for a seed; only the mechanism "
-        "differs. Canvases as in training, without clutter, and with twice as much; half-way: the first of these after half of the epochs, "
-        "at a learning rate still high. Mean ± standard deviation over seeds.",
+        "One backbone (a small ViT), one recipe, the same batches and first weights for a seed; only the mechanism differs. "
+        + ("Canvases as in training, without clutter, and with twice as much. " if plan.data == "cluttered" else "")
+        + "Half-way: accuracy after half of the epochs, at a learning rate still high. Mean ± standard deviation over seeds.",
+        "Effective rank: of attention's output in the trained model, all heads side by side, mean over layers and images held out.",
         "A step's time is that of each mechanism alone on the device; training seconds are those of runs side by side, which share it.",
     ]
     report.fenced("speed", lambda _: speed(plan, given.device), seconds=60 if cuda else 600)
@@ -232,7 +285,7 @@ def main() -> int:
     if isinstance(runs, dict):
         print(f"vision_experiment: {runs['error']}", file=sys.stderr)
         return 1
-    for row in (COLUMNS, *report.result["tables"][0]["rows"]):
+    for row in (task.columns, *report.result["tables"][0]["rows"]):
         print(" | ".join(row))
     print(f"written: {report.path}")
     return 1 if any("error" in run for run in runs) or not runs else 0

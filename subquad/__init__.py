@@ -56,6 +56,7 @@ _LATER = {
     "linearize": "subquad.convert.recipe",
     "Report": "subquad.bench.report",
 }
+_PARTS = ("bench", "layers", "train")  # packages; the others are imported above
 
 __all__ = [
     "Attention", "Call", "Card", "Input", "InputError", "Report", "Rotary", "Shape", "State", "__version__", "attend", "attention",
@@ -68,8 +69,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_LATER[name]), name)
         globals()[name] = value
         return value
+    if name in _PARTS:
+        return import_module(f"subquad.{name}")
     raise AttributeError(f"module 'subquad' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LATER])
+    return sorted([*globals(), *_LATER, *_PARTS])

@@ -234,7 +234,7 @@ def swap(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text files, to teach and to measure on (default: the embedded book); self: the model writes what it is taught with."
+            help="Files, folders, or hub:owner/name, a data set (default: the embedded book); self: the model writes what it learns from."
         ),
     ] = None,
     self_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model writes with --text self.")] = 65536,
@@ -329,11 +329,12 @@ def bench(
     from dataclasses import asdict
 
     from subquad.bench.choice import dtype_of, integers, parse_choice, pick_device
-    from subquad.bench.folder import check_new, writing
+    from subquad.bench.folder import check_new
     from subquad.bench.html import BENCH_HEADS, bench_cells, bench_page
     from subquad.bench.machine import commit, device_name, versions
     from subquad.bench.mechanisms import bench as measure
     from subquad.bench.report import write_whole
+    from subquad.files import writing
 
     choices = [parse_choice("names", one) for one in names or [n for n, c in contract.mechanisms().items() if not c.needs_grid]]
     where, counts, precision = pick_device(device), integers("--tokens", tokens), dtype_of(dtype)
@@ -439,9 +440,9 @@ def tune(
     import torch
 
     from subquad.bench.choice import dtype_of, integers
-    from subquad.bench.folder import writing
     from subquad.bench.machine import device_name, versions
     from subquad.bench.report import write_whole
+    from subquad.files import writing
 
     widths, precision = [128] if quick else sorted(set(integers("--head-dim", head_dim))), dtype_of(dtype)
     if max(widths) > 256:

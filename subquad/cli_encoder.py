@@ -19,7 +19,10 @@ def swap_encoder(
     layers: Annotated[str, typer.Option(help="all, a ratio (3:1: three swapped, one kept), or indices (0,2,4-7,-1).")] = "all",
     distill: Annotated[int, typer.Option(min=0, help="Steps of attention transfer for what has new parameters.")] = 0,
     objective: Annotated[str, typer.Option(help="What a layer learns to match: output, or weights (hedgehog).")] = "output",
-    text: Annotated[list[Path] | None, typer.Option(help="Text files, cut into sentences (default: the embedded book).")] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text: files, folders, or hub:owner/name, a data set; cut into sentences (default: the embedded book)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json and the taught models.")] = None,
     held_out: Annotated[int, typer.Option(min=3, help="Sentences at the end of the text to compare on.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Sentences in a step.")] = 16,

@@ -34,9 +34,9 @@ def needle(
     from rich.console import Console
 
     from subquad.bench.choice import dtype_of, integers, parse_choice, pick_device
-    from subquad.bench.folder import writing
     from subquad.bench.needle import TASKS, retrieval
     from subquad.bench.report import write_whole
+    from subquad.files import writing
     from subquad.models.load import load_model
 
     for one in task or ():

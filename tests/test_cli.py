@@ -198,6 +198,8 @@ def test_a_broken_part_is_a_finding_not_a_traceback(monkeypatch):
         (("swap", "smollm2-135m", "--to", "lolcats", "--window", "wide"), "--window"),
         (("swap", "smollm2-135m", "--to", "lolcats", "--seed", "9" * 23), "--seed"),
         (("swap", "smollm2-135", "--to", "lolcats"), "nearest: smollm2-135m"),
+        (("swap", "vit_tiny_patch16_224", "--to", "rala"), "a causal language model; for images, subquad.swap"),
+        (("flops", "ravlt_z"), "nearest: ravlt_t"),
         (("swop",), "swop"),
         (("--bogus",), "--bogus"),
     ],

@@ -154,6 +154,19 @@ def test_worked_example_of_the_contract_keeps_it(monkeypatch):
     torch.testing.assert_close(torch.cat([first, rest], 1), expected, rtol=0, atol=1e-10)
 
 
+def test_names_in_examples_are_there_after_import_subquad_alone():
+    """Every dotted name of an example's code, and of its text where it is called, in a fresh process."""
+    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *DOCS.glob("*.md")))
+    code = "\n".join(re.findall(r"(?s)```python[^\n]*\n(.*?)```", text))
+    lines = [line for line in code.splitlines() if not line.lstrip().startswith(("import ", "from "))]
+    called = re.findall(r"`(subquad(?:\.\w+)+)\(", text)
+    names = sorted({*re.findall(r"\bsubquad(?:\.\w+)+", "\n".join(lines)), *called})
+    assert {"subquad.swap", "subquad.bench.lm_eval_model", "subquad.convert.resize", "subquad.models.vision.load_released"} <= set(names)
+    probe = "import subquad\nfor name in {names}:\n    try: eval(name)\n    except AttributeError: print(name)"
+    found = subprocess.run([sys.executable, "-c", probe.format(names=names)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert found.returncode == 0 and not found.stdout, found.stdout + found.stderr
+
+
 # ---- what the pages are made with ----------------------------------------------------------------------------------
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from subquad.bench.report import Row, write_whole
 from subquad.checks import InputError
+from subquad.files import writing
 
 
 class Folder:
@@ -79,14 +78,17 @@ class Folder:
         target, beside = self.path / name, self.path / f".{name}.partial"
         for folder in (target, beside):
             shutil.rmtree(folder, ignore_errors=True)
-        with writing("--out", self.path):
-            beside.mkdir(parents=True)
-            if card:
-                (beside / "README.md").write_text(card, encoding="utf-8")
-            with quiet():
-                model.save_pretrained(beside)
-                tokenizer.save_pretrained(beside)
-            os.replace(beside, target)
+        try:
+            with writing("--out", self.path):
+                beside.mkdir(parents=True)
+                if card:
+                    (beside / "README.md").write_text(card, encoding="utf-8")
+                with quiet():
+                    model.save_pretrained(beside)
+                    tokenizer.save_pretrained(beside)
+                os.replace(beside, target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)  # half a model takes room, and is no use
         return name
 
     def finish(self, report: Any) -> None:
@@ -117,15 +119,6 @@ def _read_row(file: Path) -> Row:
         return Row(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError):
         raise InputError("--out", f"{file}, which is damaged", "a finished row; remove the file to measure it again") from None
-
-
-@contextlib.contextmanager
-def writing(argument: str, path: Path) -> Iterator[None]:
-    """Makes what the system refuses (no such place, no permission, no space) bad input."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(argument, f"{path} ({error.strerror or error})", "a folder that can be written to") from None
 
 
 def check_new(argument: str, path: Path) -> None:

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from subquad.bench.choice import integers
-from subquad.bench.folder import writing
 from subquad.bench.gna import Shape, Tiling, frontier, ranked, shapes_of
 from subquad.checks import InputError
+from subquad.files import writing
 from subquad.ops.sparse.grids import Neighborhood
 from subquad.ops.sparse.layout import Layout
 

@@ -9,6 +9,7 @@ run again after an interruption, goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from subquad.bench.job_rows import SELF, JobRun
 from subquad.bench.report import Report
 from subquad.bench.subjects import Subject, stage_tokens, subjects
 from subquad.checks import InputError
+from subquad.models.load import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ def _plain(job: Job) -> dict[str, Any]:
 
 def _check(job: Job) -> tuple[str, list[Subject]]:
     """Everything that can be known to be wrong before anything heavy is done; returns the device and what is to be tried."""
+    if _of_images(job.model):
+        should = "a causal language model; for images, subquad.swap(model, …) in Python, or subquad train vision --model … --mechanism …"
+        raise InputError("model", repr(job.model), should)
     wanted = subjects(job)
     labels = [choice.label for choice in job.to]
     if len({choice.resolved for choice in job.to}) < len(labels):
@@ -124,6 +129,15 @@ def _check(job: Job) -> tuple[str, list[Subject]]:
     if job.tune_original and all(one.finetune is None for one in wanted):
         raise InputError("--tune-original", "nothing else that is tuned", "--finetune, or a recipe that fine-tunes")
     return pick_device(job.device), wanted
+
+
+def _of_images(name: str) -> bool:
+    """Whether timm has a model of that name, which is no folder or file."""
+    if name == DEFAULT or "/" in name or Path(name).exists() or importlib.util.find_spec("timm") is None:
+        return False
+    import timm
+
+    return bool(timm.is_model(name))
 
 
 def _text(job: Job) -> str:

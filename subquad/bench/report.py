@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from subquad.bench.speed import bytes_text
 from subquad.checks import InputError
+from subquad.files import whole
 
 FORMAT = 1
 
@@ -282,6 +282,5 @@ def _finite(value: Any) -> Any:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, never meets half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with whole(path) as draft:
+        draft.write_text(text, encoding="utf-8")

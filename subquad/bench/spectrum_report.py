@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from subquad.bench import html
 from subquad.bench.choice import parse_choice
-from subquad.bench.folder import check_new, writing
+from subquad.bench.folder import check_new
 from subquad.bench.machine import commit, versions
 from subquad.bench.plots import Axis, Series, lines
 from subquad.bench.report import write_whole
 from subquad.bench.spectrum import DEFAULT, LEAST, Ranks, check, spectrum
 from subquad.checks import InputError
+from subquad.files import writing
 from subquad.models.vision.released import has_released, load_released, read_checkpoint
 
 HEADS = ("layer", "mechanism", "buffer", "eff.", "head", "eff.", "heads", "eff.")
@@ -93,10 +94,9 @@ def make_model(name: str, sides: tuple[int, int], weights: Path | None, pretrain
     except ImportError as error:
         raise InputError("model", f"{name!r}, without timm ({error})", "timm installed: pip install 'subquad[convert]'") from None
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 1)
-        raise InputError(
-            "model", repr(name), f"a ViT of timm, or a backbone of this library{f'; did you mean {close[0]!r}?' if close else ''}"
-        )
+        close = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
+        near = f"; nearest: {', '.join(close)}" if close else ", as timm.list_models() lists them"
+        raise InputError("model", repr(name), f"an image model of timm, or of this library{near}")
     sized: dict[str, Any] = {"img_size": sides} if name.startswith(("vit_", "deit", "flexivit")) else {}  # fixed when made
     try:
         torch.manual_seed(0)

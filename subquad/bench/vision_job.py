@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,11 @@ from torch import nn
 
 from subquad import contract
 from subquad.bench.choice import Choice, parse_choice, pick_device
-from subquad.bench.folder import Folder, writing
+from subquad.bench.folder import Folder
 from subquad.bench.machine import commit, device_name, versions
 from subquad.bench.vision_report import Trained, VisionReport
 from subquad.checks import InputError, nearest
+from subquad.files import whole, writing
 from subquad.train import images, loop, models
 from subquad.train.recipe import Recipe
 
@@ -91,7 +91,7 @@ def run_job(job: VisionJob, out: Path | None, *, command: str, fresh: bool = Fal
         raise InputError("--seeds", job.seeds, "at least 1")
     device = pick_device(job.device)
     contestants = job.contestants()
-    data = images.load(job.data, job.size)
+    data = images.load(job.data, job.size, progress=progress)
     if len(data.labels) < job.recipe.batch_size:
         raise InputError("--batch-size", job.recipe.batch_size, f"at most the images to train on, {len(data.labels)}")
     sizes = [sum(p.numel() for p in one.build(data, 0, job.drop_path).parameters()) for one in contestants]  # before the folder is made
@@ -143,9 +143,8 @@ def _keep_weights(out: Path | None, name: str, model: nn.Module) -> None:
     path = out / "weights" / f"{name}.safetensors"
     with writing("--out", out):
         path.parent.mkdir(exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({key: x.detach().to("cpu", copy=True).contiguous() for key, x in model.state_dict().items()}, draft)
-        os.replace(draft, path)
+        with whole(path) as draft:
+            save_file({key: x.detach().to("cpu", copy=True).contiguous() for key, x in model.state_dict().items()}, draft)
 
 
 def _about(job: VisionJob, data: images.Images, device: str, command: str) -> dict[str, str]:

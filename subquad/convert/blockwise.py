@@ -10,7 +10,6 @@ Zhang et al., LoLCATs (arXiv 2410.10254), section 3.3, which trains a model of 4
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from subquad.checks import InputError
 from subquad.convert.checkpoint import SHOULD, Checkpoints
 from subquad.convert.run import Bar, seeded
 from subquad.convert.transfer import Objective, Pupils, lessons
+from subquad.files import whole, writing
 
 
 class Hidden:
@@ -36,10 +36,10 @@ class Hidden:
         return self.folder / f"step-{step:08d}.safetensors"
 
     def save(self, step: int, hidden: Tensor) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f".draft-{os.getpid()}"
-        save_file({"hidden": hidden.detach().cpu().contiguous()}, draft)
-        draft.rename(self.path(step))
+        with writing("out", self.folder, "a folder that can be written to, with room for the hidden states of all steps"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole(self.path(step)) as draft:
+                save_file({"hidden": hidden.detach().cpu().contiguous()}, draft)
 
     def load(self, step: int) -> Tensor:
         return load_file(self.path(step))["hidden"]

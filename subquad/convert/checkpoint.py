@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from subquad.checks import InputError
+from subquad.files import REFUSALS, reason
 
 _TENSORS, _RUN = "tensors.safetensors", "run.json"
 SHOULD = "a folder that is new, empty, or an unfinished run of the same command"
@@ -82,12 +83,12 @@ class Checkpoints:
         draft = self.folder / f".draft-{os.getpid()}"
         try:
             self._write(checkpoint, draft)
-        except (OSError, SafetensorError) as error:
+        except REFUSALS as error:
             shutil.rmtree(draft, ignore_errors=True)
-            what = getattr(error, "strerror", None) or " ".join(str(error).split())
             kept = self._newest()
             left = "" if kept is None else f"; {kept.name} is kept"
-            raise InputError("out", f"{self.out} ({what}{left})", "a folder that can be written to, with room for a checkpoint") from None
+            should = "a folder that can be written to, with room for a checkpoint"
+            raise InputError("out", f"{self.out} ({reason(error)}{left})", should) from None
 
     def _write(self, checkpoint: Checkpoint, draft: Path) -> None:
         name = f"step-{checkpoint.step:08d}"

@@ -37,7 +37,7 @@ def load_encoder(name: str | Path = DEFAULT, dtype: torch.dtype = torch.float32)
     if Path(name).is_dir():
         return _read(Path(name), dtype, local=True)
     if "/" not in str(name):
-        raise nearest("model", str(name), [DEFAULT], "encoder's name, a folder, or a hub id (owner/name)")
+        raise nearest("model", str(name), [DEFAULT], "sentence encoder, a folder, or a hub id (owner/name)")
     return _read(name, dtype, local=False)
 
 

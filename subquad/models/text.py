@@ -17,6 +17,7 @@ from torch import Tensor
 from subquad.checks import InputError, shape_of
 
 _OPENERS = {".xz": lzma.decompress, ".gz": gzip.decompress}
+_HUB, _MOST_CHARACTERS = "hub:", 50_000_000  # what names a data set, and what is read of one
 _IN_FOLDERS = (".txt", ".md", ".txt.xz", ".md.xz", ".txt.gz", ".md.gz")  # what counts as text inside a folder
 _TITLES = "".join(rf"(?<!\b{title}\.)" for title in ("Mr", "Mrs", "Ms", "Dr", "St", "Capt"))
 _SENTENCE_END = re.compile(rf"(?:(?<=[.!?]){_TITLES}|(?<=[.!?][\"'”’])) (?=[\"'“‘A-Z])")
@@ -29,15 +30,54 @@ def book() -> str:
 
 
 def load_text(paths: str | Path | Sequence[str | Path]) -> str:
-    """The text of UTF-8 files (plain, .xz or .gz) and of all .txt and .md files under folders, in the order given.
+    """The text of UTF-8 files (plain, .xz or .gz), of all .txt and .md files under folders, and of data sets, in the order given.
+
+    >>> load_text(["notes.txt", "hub:Salesforce/wikitext:wikitext-2-raw-v1"])
+
+    Args:
+        paths: files, folders, or ``hub:owner/name`` with a ``:config`` where there are several: the "text" column of a data set's
+            training part, of which the first 50 million characters are read. Needs the package datasets.
 
     Raises:
-        InputError: a path that is missing, empty of text, damaged or not UTF-8, naming it.
+        InputError: a path that is missing, empty of text, damaged or not UTF-8, or a data set that cannot be read, naming it.
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise InputError("text", "no path", "at least one file or folder")
-    return "\n\n".join(_read(file) for path in given for file in _files(Path(path)))
+    return "\n\n".join(part for path in given for part in _texts(path))
+
+
+def _texts(path: str | Path) -> Iterator[str]:
+    if str(path).startswith(_HUB):
+        yield _data_set(str(path))
+    else:
+        yield from map(_read, _files(Path(path)))
+
+
+def _data_set(given: str) -> str:
+    """The beginning of a data set of the hub, read row by row."""
+    name, _, config = given.removeprefix(_HUB).partition(":")
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise InputError("text", f"{given}, without the package datasets", "datasets installed: pip install datasets") from None
+    parts, length = [], 0
+    try:
+        for row in load_dataset(name, config or None, split="train", streaming=True):
+            if not isinstance(row.get("text"), str):
+                raise InputError("text", f"{given}, with columns {', '.join(row)}", 'a data set with a column "text"')
+            parts.append(row["text"])
+            length += len(row["text"])
+            if length >= _MOST_CHARACTERS:
+                break
+    except InputError:
+        raise
+    except Exception as error:  # whatever the hub, the network or a data set's reader says
+        raise InputError("text", f"{given} ({' '.join(str(error).split())})", "a data set of the hub that can be read here") from None
+    text = "\n\n".join(parts)[:_MOST_CHARACTERS]
+    if not text.strip():
+        raise InputError("text", given, "a data set with text in it")
+    return text
 
 
 def _files(path: Path) -> list[Path]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.checks import InputError, nearest
+from subquad.models.progress import tracked
 
 NAMES = ("mnist", "cluttered-mnist", "digits")
 SIZES = {"mnist": 64, "cluttered-mnist": 64, "digits": 32}  # sides when none is asked for: room for backbones of stride 32
@@ -152,13 +153,14 @@ def canvases(digits: Tensor, pool: Tensor, side: int, pieces: int, generator: to
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
-def load(name: str | Path, size: int | None = None) -> Images:
+def load(name: str | Path, size: int | None = None, *, progress: bool = False) -> Images:
     """A data set by name, or a folder of images, split into a part to train on and one to test on, always the same.
 
     Args:
         name: "mnist" (10,000 digits that come with the package; 8,000 to train on), "cluttered-mnist" (the same among clutter), "digits"
             (scikit-learn's 1,797 of 8 × 8), or a folder with a folder of images per class, or with two such folders, ``train`` and ``val``.
         size: side of the images, which are resized to it (default: 64, 64, 32, and 224 for a folder).
+        progress: a bar on terminals while a folder's images are read.
 
     Raises:
         InputError: an unknown name, a folder without classes or images, a size that is out of range, or a package that is missing.
@@ -175,7 +177,7 @@ def load(name: str | Path, size: int | None = None) -> Images:
         if "/" in text or Path(name).exists():
             raise InputError("data", repr(text), "a folder of images, or one of: " + ", ".join(NAMES))
         raise nearest("data", text, NAMES, "data set, or a folder of images")
-    return _folder(Path(name), side)
+    return _folder(Path(name), side, progress)
 
 
 def split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -238,7 +240,7 @@ def _digits(side: int) -> Images:
     return Images("digits", images[kept], labels[kept], images[held], labels[held], tuple(str(digit) for digit in range(10)))
 
 
-def _folder(root: Path, side: int) -> Images:
+def _folder(root: Path, side: int, progress: bool) -> Images:
     """A folder in the layout of torchvision's ImageFolder, by timm's reader."""
     try:
         from timm.data.readers import create_reader
@@ -276,7 +278,10 @@ def _folder(root: Path, side: int) -> Images:
         raise InputError(
             "data", f"{len(train) + len(test)} images of {side} × {side}", f"at most {MOST_BYTES >> 30} GiB decoded; a smaller size"
         )
-    arrays = [torch.stack([_read(path, side) for path, _ in part]) for part in (train, test)]
+    read_all = torch.empty(len(train) + len(test), 3, side, side, dtype=torch.uint8)  # once, and not in pieces beside it
+    for image, (path, _) in zip(read_all, tracked("reading images", [*train, *test], progress)):
+        image.copy_(_read(path, side))
+    arrays = read_all.split([len(train), len(test)])
     own, held_labels = (torch.tensor([label for _, label in part]) for part in (train, test))
     return Images(str(root), arrays[0], own, arrays[1], held_labels, classes, mirror=True)
 

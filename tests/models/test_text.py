@@ -3,11 +3,15 @@
 import gzip
 import hashlib
 import lzma
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from subquad import InputError
+from subquad.models import text
 from subquad.models.text import Batches, book, encode, load_text, split, windows
 
 
@@ -120,3 +124,29 @@ def test_an_epoch_takes_no_token_twice_and_the_next_is_cut_otherwise():
 
 def test_text_of_exactly_one_piece_still_trains():
     assert Batches(torch.arange(10), 10, 3)[2].tolist() == [list(range(10))]
+
+
+def test_a_data_set_is_read_from_its_beginning(monkeypatch, tmp_path):
+    asked = []
+
+    def load_dataset(name, config, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        if name == "no/where":
+            raise ConnectionError("cannot\nreach it")
+        column = "body" if name == "no/text" else "text"
+        return ({column: f"row {i}"} for i in range(10**9))
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr(text, "_MOST_CHARACTERS", 12)
+    (tmp_path / "a.txt").write_text("a file")
+    assert text.load_text([tmp_path / "a.txt", Path("hub:me/mine:small")]) == "a file\n\nrow 0\n\nrow 1"
+    assert asked == [("me/mine", "small", "train", True)]
+    for given, words in (("hub:no/where", "cannot reach it"), ("hub:no/text", "with columns body")):
+        with pytest.raises(InputError, match=words) as error:
+            text.load_text(given)
+        assert error.value.argument == "text" and "\n" not in str(error.value) and given in str(error.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        text.load_text("hub:me/mine")

@@ -145,6 +145,7 @@ def test_compiles_whole_and_takes_no_images(name):
         ("images", {}, torch.zeros(3, 64, 64)),
         ("heads", {"heads": 3}, None),
         ("drop_path_rate", {"drop_path_rate": 1.0}, None),
+        ("in_chans", {"in_chans": 0}, None),
         ("num_classes", {"num_classes": -1}, None),
         ("global_pool", {"global_pool": ""}, None),
     ],

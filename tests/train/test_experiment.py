@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def experiment():
 def test_only_the_mechanism_differs(experiment):
     plan = experiment.FULL
     first = experiment.backbone(plan, "softmax", 1).eval()
-    images = torch.rand(2, 1, experiment.SIDE, experiment.SIDE)
+    images = torch.rand(2, 1, 42, 42)
     outputs = [first(images)]
     assert first.patch_embed(images).shape == (2, 196, plan.width)
     for name in experiment.MECHANISMS[1:]:
@@ -41,14 +42,53 @@ def test_the_harder_canvases_hold_the_same_digits(experiment):
 
 def test_a_row_is_of_its_own_runs_and_the_best_comes_first(experiment):
     def run(mechanism, seed, share, half=0.5):
-        return {"mechanism": mechanism, "seed": seed, "accuracy": {"4": share, "0": 0.9, "8": 0.3}, "half_way": half, "seconds": 4.0}
+        return {
+            "mechanism": mechanism,
+            "seed": seed,
+            "accuracy": {"4": share, "0": 0.9, "8": 0.3},
+            "half_way": half,
+            "rank": 2.5,
+            "seconds": 4.0,
+        }
 
+    task = experiment.TASKS["cluttered"]
     runs = [run("rala", 0, 0.70), run("rala", 1, 0.72), run("mala", 0, 0.80), {"mechanism": "inline", "seed": 0, "error": "OutOfMemory: x"}]
-    rows = experiment.rows(runs, {"rala": 3.21})
-    assert rows[0] == ["mala", "1", "80.00", "90.00", "30.00", "50.00", "–", "4"]
-    assert rows[1] == ["rala", "2", "71.00 ± 1.41", "90.00 ± 0.00", "30.00 ± 0.00", "50.00 ± 0.00", "3.2", "4"]
-    assert ["inline", "0", "OutOfMemory: x", *["–"] * 5] in rows and len(rows) == 9
-    assert all(len(row) == len(experiment.COLUMNS) for row in rows)
+    rows = experiment.rows(runs, {"rala": 3.21}, task)
+    assert rows[0] == ["mala", "1", "80.00", "90.00", "30.00", "50.00", "2.50", "–", "4"]
+    assert rows[1] == ["rala", "2", "71.00 ± 1.41", "90.00 ± 0.00", "30.00 ± 0.00", "50.00 ± 0.00", "2.50", "3.2", "4"]
+    assert ["inline", "0", "OutOfMemory: x", *["–"] * 6] in rows and len(rows) == 9
+    assert all(len(row) == len(task.columns) for row in rows)
+
+
+def test_plain_digits_of_either_source_and_their_tokens(experiment):
+    for data, tokens, shape in (("mnist", 196, (1, 56, 56)), ("digits", 64, (1, 32, 32))):
+        plan = replace(experiment.QUICK, data=data)
+        if data == "digits":
+            pytest.importorskip("sklearn")
+        (only,) = experiment.data_sets(plan)
+        assert only.shape == shape and only.name == data and len(only.labels) == 128
+        assert experiment.backbone(plan, "rala", 0).patch_embed(torch.rand(1, *shape)).shape[1] == tokens
+        assert plan.task.columns[2:4] == ("accuracy", "half-way")
+
+
+def test_the_rank_is_of_what_attention_gives(experiment):
+    """Each layer's output made to be of rank 2 with equal singular values, then of rank 1."""
+    plan = replace(experiment.QUICK, depth=2)
+    model = experiment.backbone(plan, "softmax", 0)
+
+    def given(count):
+        def hook(module, args, output):
+            kept = torch.zeros_like(output).flatten(2)
+            kept[:, range(count), range(count)] = 3.0
+            return kept.view_as(output)
+
+        return hook
+
+    for count in (2, 1):
+        handles = [block.attn.mechanism.register_forward_hook(given(count)) for block in model.blocks]
+        assert experiment.rank(model, torch.rand(3, 1, 42, 42)) == pytest.approx(count)
+        for handle in handles:
+            handle.remove()
 
 
 def test_a_run_that_fails_says_so_and_the_others_go_on(experiment):

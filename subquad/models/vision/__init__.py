@@ -11,11 +11,14 @@ Neither timm nor the models are imported here: they are registered when timm's o
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from subquad.imports import when_imported
 
-__all__ = ["install", "vision_model"]
+if TYPE_CHECKING:
+    from subquad.models.vision.released import load_released
+
+__all__ = ["install", "load_released", "vision_model"]
 
 
 def install() -> None:
@@ -43,6 +46,12 @@ def vision_model(name: str, **options: Any) -> Any:
     from subquad.models.vision import variants
 
     return variants.make(name, options)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_released":  # its module has all the models
+        return importlib.import_module("subquad.models.vision.released").load_released
+    raise AttributeError(f"module 'subquad.models.vision' has no attribute {name!r}")
 
 
 install()

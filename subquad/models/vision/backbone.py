@@ -27,7 +27,7 @@ class ImageModel(nn.Module):
         depths: blocks of each part.
 
     Raises:
-        InputError: a rate that is not one, or no blocks.
+        InputError: no channels, or a rate that is not one.
     """
 
     unit: ClassVar[str]
@@ -36,6 +36,8 @@ class ImageModel(nn.Module):
 
     def __init__(self, in_chans: int, num_classes: int, drop_path_rate: float, depths: Sequence[int]) -> None:
         super().__init__()
+        if type(in_chans) is not int or in_chans < 1:
+            raise InputError("in_chans", repr(in_chans), "a positive integer")
         if not 0 <= drop_path_rate < 1:
             raise InputError("drop_path_rate", drop_path_rate, "a rate of at least 0 and less than 1")
         self.in_chans, self.num_classes = in_chans, num_classes

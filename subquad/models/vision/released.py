@@ -168,6 +168,8 @@ def read_checkpoint(path: Path) -> Mapping[str, Tensor]:
                 held = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's words are of how to load it all the same
+            reason = "it is damaged, or holds more than tensors"
         raise InputError("path", f"{path}, which cannot be read ({reason})", "a whole file of tensors") from None
     for key in ("model", "state_dict"):
         held = held.get(key, held) if isinstance(held, Mapping) else held

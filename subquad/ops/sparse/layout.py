@@ -25,6 +25,7 @@ from subquad.checks import InputError
 from subquad.ops.sparse import lists
 from subquad.ops.sparse.by_list import ByList
 from subquad.ops.sparse.by_rule import ByRule
+from subquad.ops.sparse.count import pairs_of
 from subquad.ops.sparse.patterns import Intersection, Listed, Union, join
 from subquad.ops.sparse.rules import EVERYTHING, Rule
 
@@ -211,6 +212,8 @@ class Layout(ByRule, ByList):
             return sum(part.density for part in self.parts) / len(self.parts)
         shift, seen = self.m - self.n, 0
         if self.index is None:
+            if (counted := pairs_of(self.inner, self.n, self.m)) is not None:
+                return counted / pairs
             for start in range(0, self.n, self.block_q):
                 first, last = start + shift, min(start + self.block_q, self.n) - 1 + shift
                 q = torch.arange(first, last + 1)

@@ -106,9 +106,7 @@ def tune(bench: Bench) -> list[dict[str, Any]]:
             if not bench.cuda:
                 break
     finally:
-        launch.TABLE.clear()
-        launch.TABLE.update(before)
-        launch._launcher.cache_clear()
+        launch.use(before)
     return found
 
 
@@ -119,8 +117,7 @@ def tune_one(bench: Bench, kernel: str, boxes: bool, width: int, x: Inputs, layo
     tiles = list(dict.fromkeys([used, *candidates(kernel, width, boxes, bench.quick)]))[: None if bench.cuda else 2]
     calls: dict[Tile, Any] = {}
     for tile in tiles:
-        launch.TABLE[key] = tile
-        launch._launcher.cache_clear()
+        launch.use({**launch.TABLE, key: tile})
         call = alone(kernel, x, layout, do)
         if bench.cuda:
             rehearse(call)  # all compile side by side
@@ -129,9 +126,7 @@ def tune_one(bench: Bench, kernel: str, boxes: bool, width: int, x: Inputs, layo
 
     def take(tile: Tile) -> Any:
         call, table = calls[tile]
-        launch.TABLE.clear()
-        launch.TABLE.update(table)
-        launch._launcher.cache_clear()
+        launch.use(table)
         return call
 
     for tile in tiles:  # all of them before any is timed, which compilers at work would disturb

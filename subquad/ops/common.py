@@ -42,6 +42,8 @@ def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(function)
     def run(first: Tensor, *args: Any, **kwargs: Any) -> Result:
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *args, **kwargs)
 

@@ -106,6 +106,11 @@ def choose(
 def use(rows: dict[tuple[str, int, int, str], tuple[Config, Config]]) -> None:
     """Take these rows from now on, as `subquad tune` finds them."""
     TABLE.update(rows)
+    forget()
+
+
+def forget() -> None:
+    """Forget what followed from the tables."""
     for function in _remembering:
         function.cache_clear()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -159,9 +159,14 @@ def prepared(call: Callable[[], Result], rehearsal: Callable[[], Any]) -> Result
     return call()
 
 
-def token_step(x: Tensor | None) -> int:
-    """The stride of tokens of x ``[B, N, H, D]``, which kernels are compiled for: then a tile's rows need one address, not one each."""
-    return 0 if x is None else x.stride(1) if x.shape[1] != 1 else x.shape[2] * x.shape[3]
+def token_step(shape: tuple[int, ...] | None, steps: tuple[int, ...] | None) -> int:
+    """Of ``[B, N, H, D]`` the stride of tokens, which kernels are compiled for: then a tile's rows need one address, not one each."""
+    return 0 if shape is None or steps is None else steps[1] if shape[1] != 1 else shape[2] * shape[3]
+
+
+def steps_of(*tensors: Tensor | None) -> tuple[int, ...]:
+    """The strides of tokens of ``[B, N, H, D]``, 0 for None."""
+    return tuple([0 if x is None else token_step(x.shape, x.stride()) for x in tensors])
 
 
 def describable(x: Tensor | None, batch: int) -> bool:
@@ -172,11 +177,24 @@ def describable(x: Tensor | None, batch: int) -> bool:
     return min(steps) > 0 and not (x.data_ptr() | (steps[0] | steps[1] | steps[2]) * x.itemsize) & 15
 
 
-def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A descriptor of x ``[B, N, H, D]`` as ``[B, H, N, D]``, from which a kernel loads tiles of `rows` tokens of a head, zero beyond the
-    last token and channel. Made here and not in the kernel, where it takes each program as long as some of its tiles."""
-    turned = x.transpose(1, 2)
-    return TensorDescriptor(turned, list(turned.shape), list(turned.stride()), [1, 1, rows, columns])
+class Described(NamedTuple):
+    """Of ``[B, N, H, D]`` what a descriptor says beside the address: it as ``[B, H, N, D]``, and tiles of some tokens of a head."""
+
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], steps: tuple[int, ...], rows: int, columns: int) -> Described:
+        batch, n, heads, width = shape
+        return cls([batch, heads, n, width], [steps[0], steps[2], steps[1], 1], [1, 1, rows, columns])
+
+    def at(self, x: Tensor) -> TensorDescriptor:
+        """A descriptor of x, from which a kernel loads tiles, zero beyond the last token and channel. Made here and not in the
+        kernel, where it takes each program as long as some of its tiles; and past its checks, which take longer than all else."""
+        found = TensorDescriptor.__new__(TensorDescriptor)
+        found.base, found.shape, found.strides, found.block_shape, found.padding = x, *self, "zero"
+        return found
 
 
 @cache

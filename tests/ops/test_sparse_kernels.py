@@ -34,9 +34,12 @@ SMALL = {
 def kernels(monkeypatch):
     """Tiles so small that few tokens are many of them, of other sizes in each kernel."""
     monkeypatch.setenv("SUBQUAD_KERNELS", "on")
-    monkeypatch.setattr(launch, "TABLE", SMALL)
+    before = dict(launch.TABLE)
+    launch.use(SMALL)
     if DEVICE.type == "cpu":
         check_bounds(monkeypatch)
+    yield
+    launch.use(before)
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +323,7 @@ def test_empty_inputs():
 def test_loads_by_descriptors(layout, sizes, monkeypatch):
     """Tiles beyond the last token and the last channel are zero, as addresses that are not asked for are."""
     asked, call = [], Launcher.__call__
-    monkeypatch.setattr(launch, "TABLE", {key: tile._replace(described=True) for key, tile in SMALL.items()})
+    launch.use({key: tile._replace(described=True) for key, tile in SMALL.items()})
     monkeypatch.setattr(launch, "DESCRIBE_FROM", 0)
     monkeypatch.setattr(Launcher, "__call__", lambda self, *given: (asked.append(given[1][3] is not None), call(self, *given))[1])
     both_ways(layout, **sizes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from subquad.ops.common import CHUNK, cdiv, padded
 from subquad.ops.delta import kernels
 from subquad.ops.launch import INTERPRETED, bits_of, choose, config, remembered
-from subquad.ops.launcher import Grid, Launcher, launcher, token_step
+from subquad.ops.launcher import Grid, Launcher, launcher, steps_of
 from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots, ways
 
 
@@ -39,7 +39,7 @@ def inverse(k: Tensor, beta: Tensor, decay: Decays, cu: Tensor | None) -> Tensor
         return out
     row = config("inverse", width, bits_of(k.dtype), decay.family, few=False)
     launcher(
-        kernels.inverse_kernel, sk_n=token_step(k), H=heads, GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK,
+        kernels.inverse_kernel, sk_n=steps_of(k)[0], H=heads, GK=heads // k.shape[2], D=width, BD=padded(width), C=CHUNK,
         DECAY=decay.values is not None, PACKED=cu is not None, WIDE=k.dtype == torch.float16,
         IP="tf32x3" if k.dtype == torch.float32 or INTERPRETED else "bf16x3", num_warps=min(4, row.warps),
     )(
@@ -100,7 +100,7 @@ def _plan(
 ) -> _Plan:
     """A plan for operands like these."""
     return _made(
-        name, tuple(map(token_step, (q, k, v))), q.shape[3], v.shape[3], q.shape[2], k.shape[2], v.shape[2], beta.shape[2],
+        name, steps_of(q, k, v), q.shape[3], v.shape[3], q.shape[2], k.shape[2], v.shape[2], beta.shape[2],
         q.dtype, q.device, decay.family, decay.both, count_sequences(q, cu), cu is not None, started, final, save,
     )  # fmt: skip
 

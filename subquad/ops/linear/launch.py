@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.ops.common import CHUNK, cdiv, padded, power_of_two
 from subquad.ops.launch import INTERPRETED, bits_of, choose, remembered
-from subquad.ops.launcher import Grid, Launcher, launcher, token_step
+from subquad.ops.launcher import Grid, Launcher, launcher, steps_of
 from subquad.ops.linear import kernels
 
 
@@ -110,7 +110,7 @@ def linear_pass(
     x, start = x if dots else None, None if start is None else start.contiguous()
     by = (*a.stride()[:3:2], *b.stride()[:3:2], *c.stride()[:3:2], *((0, 0) if x is None else x.stride()[:3:2]))
     plan = _plan(
-        tuple(map(token_step, (a, b, c, x))), cdiv(tokens, CHUNK), width, columns,
+        steps_of(a, b, c, x), cdiv(tokens, CHUNK), width, columns,
         a.shape[2], b.shape[2], c.shape[2], (c if x is None else x).shape[2], a.dtype, device,
         decay.family, column, decay.both, 1 if decay.values is None else decay.values.shape[1], sequences, cu is not None, heads, group,
         once, reverse, strict, start is not None, final, left, add is not None, dots, dots or split,

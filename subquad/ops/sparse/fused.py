@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -13,9 +14,9 @@ from subquad.ops.launch import INTERPRETED
 from subquad.ops.launcher import eager
 from subquad.ops.sparse.bias import Bias, RelativeBias
 from subquad.ops.sparse.codes import decode, encode, has_code
-from subquad.ops.sparse.launch import How, Inputs, forward_pass, key_pass, query_pass, tile_of
+from subquad.ops.sparse.launch import How, Inputs, forward_pass, key_pass, query_pass, tiles_of
 from subquad.ops.sparse.layout import Layout
-from subquad.ops.sparse.visits import Lists, Tiling, by_call, by_rule, on_grid, tiling
+from subquad.ops.sparse.visits import Lists, Tiling, by_call, by_rule, on_grid
 
 Optional = Tensor | None
 LEAST = 16  # tokens along a side of a tile, at least
@@ -38,8 +39,7 @@ def _tiles(kernel: str, x: Inputs, layout: Layout) -> Tiling:
     """The tiles of a kernel: boxes of a grid where only the rule asks where tokens are."""
     held, boxes = layout.index is not None, not _moved(x, layout) and x.slopes is None and x.table is None and on_grid(layout.inner)
     sides = (layout.block_q, layout.block_k) if held else (0, 0)
-    tile = tile_of(kernel, max(x.q.shape[3], x.v.shape[3]), 8 * x.q.dtype.itemsize, boxes, *sides)
-    return tiling(layout.inner, tile.q, tile.k, boxes)
+    return tiles_of(kernel, layout.inner, max(x.q.shape[3], x.v.shape[3]), 8 * x.q.dtype.itemsize, boxes, *sides)
 
 
 def _moved(x: Inputs, layout: Layout) -> bool:
@@ -58,13 +58,22 @@ def _visits(kernel: str, x: Inputs, layout: Layout) -> tuple[Tiling, Lists]:
     return tiles, lists
 
 
+@lru_cache(256)
+def _by_rule(n: int, m: int, rule: tuple[int, ...], block_q: int, block_k: int) -> Layout:
+    return Layout(n, m, decode(list(rule)), block_q, block_k)
+
+
 def _read(
     q: Tensor, k: Tensor, v: Tensor, slopes: Optional, key_bias: Optional, q_factor: Optional, k_factor: Optional, table: Optional,
     q_pos: Optional, k_pos: Optional, cu: Optional, index: Optional, counts: Optional, bits: Optional, bit_index: Optional,
     starts: Optional, stops: Optional, rule: list[int], block_q: int, block_k: int, scale: float, softcap: float,
 ) -> tuple[Inputs, Layout, How]:  # fmt: skip
     """The operator's arguments as the kernels read them."""
-    n, m = q.shape[1], k.shape[1]
+    n, m, held = q.shape[1], k.shape[1], index is not None
+    if not held and starts is None and cu is None and q_pos is None and k_pos is None:  # the common case, in less time
+        layout, none = _by_rule(n, m, tuple(rule), block_q, block_k), (None,) * 6
+        x = Inputs(by_rows(q), by_rows(k), by_rows(v), *none, slopes, key_bias, table, q_factor, k_factor)
+        return x, layout, How(layout.inner, 0, 0, scale, softcap)
     layout = Layout(
         n, m, decode(rule), block_q, block_k, index, counts, bits=bits, bit_index=bit_index, starts=starts, stops=stops, dynamic=True
     )  # fmt: skip
@@ -80,7 +89,6 @@ def _read(
     starts, stops, q_pos, k_pos = (None if t is None else t.contiguous() for t in (starts, stops, q_pos, k_pos))
     given = by_rows(q), by_rows(k), by_rows(v)
     x = Inputs(*given, bits, starts, stops, q_pos, k_pos, sequence, slopes, key_bias, table, q_factor, k_factor)
-    held = index is not None
     return x, layout, How(layout.inner, block_q if held else 0, block_k if held else 0, scale, softcap)
 
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from subquad.ops.common import padded
-from subquad.ops.launch import remembered
-from subquad.ops.launcher import Launcher, describable, describe, launcher, token_step
+from subquad.ops.launch import forget, remembered
+from subquad.ops.launcher import Described, Grid, Launcher, describable, launcher, token_step
 from subquad.ops.sparse import kernels
 from subquad.ops.sparse.compiled import triton_rule
 from subquad.ops.sparse.patterns import Listed
 from subquad.ops.sparse.rules import EVERYTHING, Causal, Rule, Terrace, Window
-from subquad.ops.sparse.visits import Lists, Tiling
+from subquad.ops.sparse.visits import Lists, Tiling, tiling
+
+Sizes = tuple[int, ...]
 
 
 class Tile(NamedTuple):
@@ -59,6 +61,21 @@ def tile_of(kernel: str, width: int, bits: int, boxes: bool, block_q: int = 0, b
     wide = Tile(32, 16, 4, 1) if bits == 32 else CAREFUL._replace(warps=8)  # as shared memory has to hold it
     found = next((TABLE[key] for key in keys if key in TABLE), wide if width > 128 else CAREFUL)
     return Tile(gcd(found.q, block_q), gcd(found.k, block_k), *found[2:])  # powers of two
+
+
+@remembered
+def tiles_of(kernel: str, rule: Rule, width: int, bits: int, boxes: bool, block_q: int, block_k: int) -> Tiling:
+    """How a kernel's tiles lie."""
+    tile = tile_of(kernel, width, bits, boxes, block_q, block_k)
+    return tiling(rule, tile.q, tile.k, boxes)
+
+
+def use(table: dict[tuple[str, int, int, bool], Tile]) -> None:
+    """Take this table of tiles from now on."""
+    rows = dict(table)
+    TABLE.clear()
+    TABLE.update(rows)
+    forget()
 
 
 class Inputs(NamedTuple):
@@ -173,45 +190,79 @@ def _run(
     outputs: tuple[Tensor | None, ...],
 ) -> None:  # fmt: skip
     """Launch for every tile, head (of `shared`) and batch row."""
-    batch, n, m = x.q.shape[0], x.q.shape[1], x.k.shape[1]
-    count = tiles.counts(n, m)[kernel == "key"]
-    if not count or not batch:
-        return
-    rank = 0 if x.q_factor is None else x.q_factor.shape[3]
-    runs = 0 if x.starts is None else x.starts.shape[3]
-    reach = 0 if x.table is None else x.table.shape[1] // 2
-    plain = how.scale > 0 and not how.softcap and x.slopes is None and x.key_bias is None and x.q_factor is None and x.table is None
-    operands, read = (x.q, x.k, x.v, do), (x.q, do) if kernel == "key" else (x.k, x.v)
-    launch, side = _launcher(
-        tuple(map(token_step, operands)),
-        kernel, how.rule, tiles, order, x.q.dtype, x.q.shape[3], x.v.shape[3], rank, x.heads, shared, x.q.shape[2], x.k.shape[2],
-        x.v.shape[2], lists.heads, lists.rows > 1, how.block_q, how.block_k, runs, reach, how.softcap, plain,
-        x.q_pos is None and isinstance(how.rule, BELOW),
-        min(n, m) >= DESCRIBE_FROM and all(describable(one, batch) for one in read),
+    q, k, v = x.q, x.k, x.v
+    batch, n, m = q.shape[0], q.shape[1], k.shape[1]
+    read = (q, do) if kernel == "key" else (k, v)
+    bare = all(one is None for one in x[3:])
+    ready = _ready(
+        kernel, how, tiles, order, shared, lists.heads, lists.rows > 1, lists.items.shape[1], q.dtype, q.shape, q.stride(),
+        k.shape, k.stride(), v.shape, v.stride(), None if do is None else do.shape, None if do is None else do.stride(),
+        (0, 0, 0, True, True) if bare else _besides(x),
+        min(n, m) >= DESCRIBE_FROM and describable(read[0], batch) and describable(read[1], batch),
     )  # fmt: skip
+    if not ready.grid[0]:
+        return
+    left, right = [how.at(one) for how, one in zip(ready.read, read) if one is not None] or (None, None)
+    ready.launch(
+        ready.grid,
+        (q, k, v, left, right, lists.offsets, lists.items, lists.order, lists.numbers, *x[3:], *outputs),
+        (*ready.strides, *(NO_STRIDES if bare else _strides(x))),
+        ready.numbers,
+    )
+
+
+class _Ready(NamedTuple):
+    """A launch but for its tensors, and what is loaded by descriptors, if it is."""
+
+    launch: Launcher
+    read: tuple[Described, ...]
+    grid: Grid
+    strides: tuple[int, ...]
+    numbers: tuple[Any, ...]
+
+
+@remembered
+def _ready(
+    kernel: str, how: How, tiles: Tiling, order: Tiling, shared: int, list_heads: int, list_rows: bool, entries: int, dtype: torch.dtype,
+    q: Sizes, by_q: Sizes, k: Sizes, by_k: Sizes, v: Sizes, by_v: Sizes, do: Sizes | None, by_do: Sizes | None,
+    besides: tuple[int, int, int, bool, bool], aligned: bool,
+) -> _Ready:  # fmt: skip
+    """Found again by position, as the host has less time than the kernels take."""
+    batch, n, m, heads, (rank, runs, reach, unbiased, by_index) = q[0], q[1], k[1], max(q[2], k[2], v[2]), besides
+    count, operands = tiles.counts(n, m)[kernel == "key"], ((q, by_q), (k, by_k), (v, by_v), (do, by_do))
+    plain = how.scale > 0 and not how.softcap and unbiased
+    launch, side = _launcher(
+        tuple(token_step(*one) for one in operands), kernel, how.rule, tiles, order, dtype, q[3], v[3], rank, heads, shared, q[2], k[2],
+        v[2], list_heads, list_rows, how.block_q, how.block_k, runs, reach, how.softcap, plain, by_index and isinstance(how.rule, BELOW),
+        aligned,
+    )  # fmt: skip
+    strides = tuple(step for one in operands for step in _by(*one)[::2])
     blocks = -(-n // how.block_q) if how.block_q else 0
-    rows = [describe(one, side, padded(one.shape[3])) if side and one is not None else None for one in read]
-    given = (x.q, x.k, x.v, *rows, lists.offsets, lists.items, lists.order, lists.numbers, *x[3:])
-    strides = (
-        *(step for one in operands for step in _by(one)[::2]),
-        _row(x.q_pos),
-        _row(x.k_pos),
-        *_bias(x.key_bias),
-        _row(x.table),
-        *_by(x.q_factor),
-        *_by(x.k_factor),
-    )
-    launch(
-        (count * shared * batch, 1, 1),
-        (*given, *outputs),
-        strides,
-        (n, m, count, blocks, lists.items.shape[1], order.counts(n, m)[0], how.scale),
-    )
+    numbers = (n, m, count, blocks, entries, order.counts(n, m)[0], how.scale)
+    read = (operands[::3] if kernel == "key" else operands[1:3]) if side else ()
+    described = tuple(Described.of(shape, steps, side, padded(shape[3])) for shape, steps in read if shape and steps)
+    return _Ready(launch, described, (count * shared * batch, 1, 1), strides, numbers)
 
 
-def _by(x: Tensor | None) -> tuple[int, ...]:
+NO_STRIDES = (0,) * 11  # of inputs that are q, k and v alone
+
+
+def _besides(x: Inputs) -> tuple[int, int, int, bool, bool]:
+    """What the kernels are compiled for of what stands beside q, k and v."""
+    rank = 0 if x.q_factor is None else x.q_factor.shape[3]
+    reach = 0 if x.table is None else x.table.shape[1] // 2
+    unbiased = x.slopes is None and x.key_bias is None and x.q_factor is None and x.table is None
+    return rank, 0 if x.starts is None else x.starts.shape[3], reach, unbiased, x.q_pos is None
+
+
+def _strides(x: Inputs) -> tuple[int, ...]:
+    factors = (step for one in (x.q_factor, x.k_factor) for step in _by(*((None, None) if one is None else (one.shape, one.stride()))))
+    return (_row(x.q_pos), _row(x.k_pos), *_bias(x.key_bias), _row(x.table), *factors)
+
+
+def _by(shape: Sizes | None, steps: Sizes | None) -> tuple[int, ...]:
     """Strides of batch rows, tokens and heads; 0 along what is shared."""
-    return (0, 0, 0) if x is None else tuple(0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()))
+    return (0, 0, 0) if shape is None or steps is None else tuple(0 if size == 1 else step for size, step in zip(shape[:3], steps))
 
 
 def _row(x: Tensor | None) -> int:

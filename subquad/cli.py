@@ -242,7 +242,7 @@ def swap(
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window of held-out text.")] = 1024,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows (default: the window).")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows held out, at the end of the text.")] = 8,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a batch to teach with (default: a recipe's own; else 1).")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time to teach with (default: a recipe's own; else 1).")] = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a sequence to teach with (default: a recipe's own; else 512).")
     ] = None,

@@ -209,11 +209,21 @@ class _Words:
             notes.append(
                 f"Fine-tuning: low-rank adapters, merged, on {tokens} tokens {where}; rows before it are of the same model without."
             )
+        compared = [one for one in self.run.subjects if one.recipe]
+        if len(compared) > 1:
+            notes.append(f"Tokens that each recipe was taught with: {'; '.join(map(self._tokens_read, compared))}.")
         still = [one.label for one in self.run.subjects if one.transfer is not None]
         still = [row.mechanism for row in rows if row.mechanism in still and not row.new_params and not row.taught]
         if still:
             notes.append(f"Without parameters of their own there is nothing to distil: {', '.join(still)}.")
         return notes
+
+    def _tokens_read(self, one: Subject) -> str:
+        """What a recipe's stages read, in words."""
+        last = [row for row in self.run.done if row.recipe == one.recipe and row.mechanism == one.label][-1]
+        stages = ((last.distill_tokens, "transfer"), (last.tune_tokens, "fine-tuning"))
+        parts = [f"{tokens:,} in {name}" for tokens, name in stages if tokens]
+        return f"{one.recipe} {' and '.join(parts) or 'none'}" + (f", {last.taught_tokens:,} in all" if len(parts) > 1 else "")
 
     def _agreement(self) -> str:
         pairs = [(row, n, size, row.kept_bytes[n]) for row in self.run.done for n, size in row.measured_bytes.items()]

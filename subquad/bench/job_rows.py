@@ -216,7 +216,7 @@ class JobRun:
             return kept
         self._say(f"measuring {one.label} after distillation")
         row = replace(before, distilled_steps=result.steps, losses=result.losses, distill_seconds=result.seconds)
-        row.taught_tokens = result.tokens
+        row.distill_tokens = row.taught_tokens = result.tokens
         self._judge(row)
         return row
 
@@ -231,7 +231,7 @@ class JobRun:
         merge_lora(self.model)
         self._say(f"measuring {before.mechanism} after fine-tuning")
         row = replace(before, tuned_steps=result.steps, tune_losses=result.losses, tune_seconds=result.seconds)
-        row.taught_tokens = (before.taught_tokens or 0) + result.tokens
+        row.tune_tokens, row.taught_tokens = result.tokens, (before.taught_tokens or 0) + result.tokens
         self._judge(row)
         return row
 

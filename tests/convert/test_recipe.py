@@ -85,6 +85,17 @@ def test_tokens_and_steps(mine):
         one.scaled(1)
 
 
+def test_a_budget_is_shared_to_half_a_step(mine):
+    one = recipe(mine)  # steps of 16 and of 32 tokens
+    for tokens in range(48, 400, 7):
+        for shares in ({"transfer": 1, "finetune": 1}, {"transfer": 3, "finetune": 1}, {"transfer": 1, "finetune": 1000}):
+            made = one.budgeted(tokens, shares)
+            assert abs(made.total - tokens) <= 16 and all(stage["steps"] >= 1 for stage in made.stages.values())
+            wanted = tokens * shares["transfer"] / sum(shares.values())
+            assert abs(made.tokens("transfer") - min(max(wanted, 16), tokens - 32)) <= 16
+    assert one.budgeted(one.total, {name: one.tokens(name) for name in one.stages}) == one
+
+
 def test_linearize_is_its_stages_one_after_another(model, mine, tokens):
     whole, apart = copy.deepcopy(model), model
     result = subquad.linearize(whole, mine, tokens, steps={"transfer": 3, "finetune": 2}, seed=7, **QUIET)

@@ -123,7 +123,8 @@ def distill_in_groups(
             if some:
                 teach: Any = stack.enter_context(lessons(student, teacher, some, objective))
                 teach.device = device
-                for module in some.values():
+                for module in some.values():  # a model that is its own teacher does not hold them meanwhile
+                    stack.callback(module.mechanism.to, next(module.mechanism.parameters()).device)
                     module.mechanism.to(device)
             held, *_ = [stack.enter_context(only(one, first, stop, device)) for one in bodies.values()]
             bar = stack.enter_context(Bar(f"distill layers {first}-{stop - 1}", steps, progress))

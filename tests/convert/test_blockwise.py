@@ -98,6 +98,27 @@ def test_the_model_is_left_whole_and_where_it_was(teacher, tokens, tmp_path):
     assert not any(module._forward_hooks for module in teacher.modules())
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_mechanisms_come_back_too(teacher, tokens, tmp_path, shared, monkeypatch):
+    student, went = student_of(teacher), []
+    real = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: went.append((self, str(device))) or real(self, "cpu"))
+    distill(student, student if shared else teacher, tokens, group=2, out=tmp_path, device="cpu:0", **{**OPTIONS, "steps": 1})
+    for module in swapped(student).values():
+        assert [device for of, device in went if of is module.mechanism] == ["cpu:0", "cpu"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True])
+def test_groups_on_a_gpu_of_a_model_on_the_cpu(teacher, tokens, tmp_path, shared):
+    whole, parts = student_of(teacher), student_of(teacher)
+    expected = distill(whole, whole if shared else teacher, tokens, **OPTIONS)
+    found = distill(parts, parts if shared else teacher, tokens, group=2, device="cuda", out=tmp_path, **OPTIONS)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-2)
+    assert {x.device.type for x in [*parts.parameters(), *parts.buffers(), *teacher.parameters()]} == {"cpu"}
+    assert parts(tokens[None, :20]).logits.isfinite().all()
+
+
 def test_a_finished_run_is_refused_or_taken(teacher, tokens, tmp_path):
     first = distill(student_of(teacher), teacher, tokens, group=2, out=tmp_path, **OPTIONS)
     with pytest.raises(InputError, match="a finished run"):

@@ -40,6 +40,11 @@ class Subject:
         return f"recipe-{self.recipe}" if self.recipe else self.choice.folder
 
     @property
+    def grouped(self) -> bool:
+        """Whether a few layers at a time are transferred."""
+        return self.transfer is not None and self.transfer.get("group") is not None
+
+    @property
     def stages(self) -> list[Mapping[str, Any]]:
         return [stage for stage in (self.transfer, self.finetune) if stage is not None]
 
@@ -60,10 +65,11 @@ def subjects(job: Job) -> list[Subject]:
 
     size = {"batch": job.batch or BATCH, "length": job.length or LENGTH}
     rate = {} if job.lr is None else {"lr": job.lr}
-    transfer = {"steps": job.steps, **size, **rate} if job.steps else None
+    group = {} if job.group is None else {"group": job.group}
+    transfer = {"steps": job.steps, **size, **rate, **group} if job.steps else None
     finetune = {"steps": job.finetune, **size} if job.finetune else None
     found = [Subject(choice, transfer, finetune) for choice in job.to]
-    for one in _equal(job, [recipe(name).changed({"transfer": rate}) for name in job.recipes]):
+    for one in _equal(job, [recipe(name).changed({"transfer": {**rate, **group}}) for name in job.recipes]):
         found.append(Subject(Choice(one.mechanism, dict(one.options)), one.transfer, one.finetune, one.name, one.paper))
     if not found:
         raise InputError("--to", "nothing", "at least one mechanism, or a --recipe")

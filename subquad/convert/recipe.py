@@ -3,7 +3,7 @@
 subquad/convert/recipes/NAME.toml
     title, paper, summary, needs = [words, …], cost
     [mechanism]   name, and its options
-    [transfer]    steps, lr, batch, length, objective        (of `distill`; left out where there is nothing to transfer)
+    [transfer]    steps, lr, batch, length, objective, group (of `distill`; left out where there is nothing to transfer)
     [finetune]    steps, lr, rank, targets, loss, …          (of `finetune`)
 """
 
@@ -31,7 +31,7 @@ from subquad.convert.swap import find_host, restore, swap, swapped
 
 WORDS = ("title", "paper", "summary", "cost")
 STAGES: dict[str, tuple[str, ...]] = {
-    "transfer": ("steps", "lr", "batch", "length", "objective"),
+    "transfer": ("steps", "lr", "batch", "length", "objective", "group"),
     "finetune": (
         "steps", "lr", "batch", "accumulate", "length", "targets", "rank", "alpha", "train_mechanism", "loss", "kl_weight", "schedule",
         "warmup", "max_grad_norm",
@@ -229,6 +229,7 @@ def linearize(
     steps: int | Mapping[str, int] | None = None,
     batch: int | None = None,
     length: int | None = None,
+    group: int | None = None,
     out: str | Path | None = None,
     save_every: int = 25,
     seed: int = 0,
@@ -247,6 +248,7 @@ def linearize(
             {"transfer": …, "finetune": …}, 0 leaving a stage out.
         batch, length: of the sequences at a time, instead of the recipe's; fine-tuning accumulates batches until a step has read as
             many sequences as the recipe's.
+        group: layers on the device at a time in the transfer, as `distill` takes it; `out` is needed then.
         out: folder for checkpoints, a folder in it for each stage. The same call on the same model, made again after the
             process died, goes on; made after the end, it gives the converted model again.
         seed: of new parameters, adapters and data.
@@ -255,6 +257,8 @@ def linearize(
         InputError: as `swap`, `distill` and `finetune`. The model's attention is then the original.
     """
     chosen = _chosen(recipe, steps, batch, length)
+    if group is not None:
+        chosen = grouped(chosen, group)
     if not find_host(model).causal:
         raise InputError("model", type(model).__name__, "a causal decoder")
     if chosen.finetune is not None:
@@ -279,6 +283,14 @@ def linearize(
         restore(model)
         raise
     return result
+
+
+def grouped(chosen: Recipe, group: int) -> Recipe:
+    """With a transfer of `group` layers at a time."""
+    check_counts(group=group)
+    if chosen.transfer is None:
+        raise InputError("group", group, f"a recipe with something to transfer, as {chosen.name} only tunes")
+    return chosen.changed({"transfer": {"group": group}})
 
 
 def _first_batches(data: Any, chosen: Recipe, seed: int) -> list[dict[str, Any]]:

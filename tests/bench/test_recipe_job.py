@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from subquad import InputError, Report
 from subquad.bench import quality
 from subquad.bench.choice import Choice
+from subquad.bench.folder import Folder
 from subquad.bench.html import report_page
 from subquad.bench.job import Job, run_job
-from subquad.bench.job_rows import ORIGINAL
+from subquad.bench.job_rows import ORIGINAL, JobRun
 from subquad.bench.report import COLUMNS
 from subquad.bench.subjects import subjects
 from subquad.convert.finetune import finetune
@@ -139,6 +140,60 @@ def test_a_recipe_may_leave_stages_out(job, tmp_path):
         (4, 0, 4 * 2 * 32),
         (4, 3, 4 * 2 * 32 + 3 * 2 * 32),  # a step of the tuning is two sequences, as in the file
     ]
+
+
+# ---- a few layers at a time --------------------------------------------------------------------------------------------
+
+
+def test_a_transfer_in_groups_is_the_same_and_goes_on_in_its_group(job, tmp_path, monkeypatch):
+    from subquad.convert import blockwise
+
+    short = replace(job, to=(Choice("lolcats", {"window": 4}),), steps=3, finetune=1, tune_original=False)
+    expected = run_job(short, tmp_path / "whole")
+    real, begun = blockwise.only, []
+
+    def stops(body, first, *rest):
+        if len(begun) == 3:  # in the second group of the second subject
+            raise KeyboardInterrupt
+        begun.append(first)
+        return real(body, first, *rest)
+
+    grouped = replace(short, group=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise, "only", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(grouped, tmp_path / "groups")
+    assert begun == [0, 3, 0]
+    kept = tmp_path / "groups" / "checkpoints" / "recipe-small"
+    assert sorted(p.name for p in kept.iterdir()) == ["group-000", "hidden-001"] and len(list((kept / "hidden-001").iterdir())) == 3
+    with pytest.raises(InputError, match=r"--out: got .*an unfinished run with group = 3"):
+        run_job(replace(grouped, group=2), tmp_path / "groups")
+    found = run_job(grouped, tmp_path / "groups")
+    assert [r.losses for r in found.rows] == [pytest.approx(r.losses) for r in expected.rows]
+    assert [r.nll for r in found.rows] == pytest.approx([r.nll for r in expected.rows], abs=1e-9)
+    assert not (tmp_path / "groups" / "checkpoints").exists()
+
+
+def test_a_model_that_is_taught_in_groups_stays_on_the_cpu(job):
+    for group, home in ((None, "cuda"), (2, "cpu")):
+        asked = replace(job, group=group)
+        run = JobRun(asked, subjects(asked), Folder(None, {}), "cuda", False)
+        assert (run.device, run.teaching) == (home, "cuda")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"steps": 0}, "--group: got 2; expected something to transfer: --distill, or a recipe that transfers"),
+        ({"to": (Choice("lolcats"),), "recipes": (), "steps": 0}, "--group: got 2; expected something to transfer"),
+        ({"out": None}, "--group: got no --out; expected a folder for the hidden states"),
+    ],
+)
+def test_what_groups_need(job, tmp_path, change, message):
+    out = change.pop("out", tmp_path / "out")
+    with pytest.raises(InputError, match=message):
+        run_job(replace(job, group=2, **change), out)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- equal budgets ------------------------------------------------------------------------------------------------------

@@ -138,6 +138,25 @@ def test_it_goes_on_where_it_stopped_and_gives_a_finished_model_again(model, min
     assert same(again, expected)
 
 
+def test_a_transfer_in_groups_is_the_same(model, mine, tokens, tmp_path):
+    steps, models = {"transfer": 4, "finetune": 2}, [copy.deepcopy(model) for _ in range(3)]
+    expected = linearize(models[0], mine, tokens, steps=steps, **QUIET)
+    found = linearize(models[1], mine, tokens, steps=steps, group=2, out=tmp_path / "asked", **QUIET)
+    mine.write_text(TEXT.replace("[finetune]", "group = 2\n[finetune]"))
+    said = linearize(models[2], mine, tokens, steps=steps, out=tmp_path / "said", **QUIET)
+    assert found.transfer.layer_losses == said.transfer.layer_losses == expected.transfer.layer_losses
+    assert same(models[1], models[0]) and same(models[2], models[0])
+    assert all((tmp_path / name / "transfer" / "group-001").is_dir() for name in ("asked", "said"))
+    for options, message in (
+        ({}, "out: got None; expected a folder for the hidden states"),
+        ({"group": 0, "out": tmp_path / "none"}, "group: got 0; expected a positive integer"),
+        ({"steps": {"transfer": 0}, "group": 1, "out": tmp_path / "none"}, "group: got 1; expected a recipe with something to transfer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            linearize(model, mine, tokens, **options, **QUIET)
+    assert not swapped(model) and not (tmp_path / "none").exists()
+
+
 def test_nothing_to_transfer_is_left_out(model, tokens):
     result = linearize(model, "sliding-window", tokens, steps=2, batch=1, length=16, layers="2:1", **QUIET)
     assert result.transfer is None and result.finetune.steps == 2 and list(swapped(model)) == [0, 1]
@@ -175,12 +194,13 @@ def test_damaged_files_are_named(tmp_path):
         ("steps = 10", "steps = true", "finetune.steps = True; expected an integer"),
         ("accumulate = 2", 'accumulate = "2"', "finetune.accumulate = '2'; expected an integer"),
         ('targets = ["q_proj", "k_proj"]', 'targets = "q_proj"', "finetune.targets = 'q_proj'; expected a list"),
+        ("lr = 1e-2", 'group = "2"', "transfer.group = '2'; expected an integer"),
         ("accumulate = 2", 'loss = "ce"', "'ce'; expected a finetune.loss; one of: kl, next-token"),
         ("lr = 1e-2", "lr = ", "TOML that cannot be read"),
     ):
         assert old in TEXT
         with pytest.raises(InputError) as error:
-            parse("mine", TEXT.replace(old, new), "mine.toml")
+            parse("mine", TEXT.replace(old, new, 1), "mine.toml")
         assert re.match(rf"recipe mine\.toml: got {message}", str(error.value)) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="got no stage; expected"):
         parse("mine", TEXT[: TEXT.index("[transfer]")], "mine.toml")

@@ -1,7 +1,11 @@
 """Recipes: what their files may say, how they are scaled, and that `linearize` is swap, distill, finetune and merge."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +140,20 @@ def test_it_goes_on_where_it_stopped_and_gives_a_finished_model_again(model, min
     again = copy.deepcopy(model)
     linearize(again, mine, tokens, **options)
     assert same(again, expected)
+
+
+@pytest.mark.parametrize("kind", ["linearize", "linearize-groups"])
+def test_runs_killed_in_each_stage_end_with_the_losses_and_weights_of_an_unbroken_one(tmp_path, kind):
+    script = Path(__file__).parent / "killed_run.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "run", kind], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (killed, resumed_from), (unbroken, none) = (line.split() for line in done.stdout.strip().splitlines())
+    assert killed == unbroken and none == "0,0"
+    first, second = map(int, resumed_from.split(","))
+    assert first == 12 and 8 <= second < 12
 
 
 def test_a_transfer_in_groups_is_the_same(model, mine, tokens, tmp_path):

@@ -242,11 +242,12 @@ def swap(
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window of held-out text.")] = 1024,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows (default: the window).")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows held out, at the end of the text.")] = 8,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a batch to teach with (default: a recipe's own; else 1).")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time to teach with (default: a recipe's own; else 1).")] = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a sequence to teach with (default: a recipe's own; else 512).")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the distillation.")] = None,
+    group: Annotated[int | None, typer.Option(min=1, help="Layers on the device at a time to distil; the model stays on the CPU.")] = None,
     prompts: Annotated[int, typer.Option(min=0, help="Key-value recall prompts (0: none).")] = 8,
     lengths: Annotated[str, typer.Option(help="Context lengths at which speed is measured.")] = "256,1024,2048",
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
@@ -276,7 +277,7 @@ def swap(
     job = Job(
         model=model, to=tuple(chosen), recipes=tuple(recipe or ()), layers=layers, steps=distill, finetune=finetune,
         tune_original=tune_original, text=tuple(str(path) for path in text or ()), self_tokens=self_tokens,
-        window=window, stride=stride, windows=windows, batch=batch, length=length, lr=lr, prompts=prompts,
+        window=window, stride=stride, windows=windows, batch=batch, length=length, lr=lr, group=group, prompts=prompts,
         lengths=tuple(choice.integers("--lengths", lengths)), device=device, dtype=dtype, seed=seed,
     )  # fmt: skip
     report = run_job(job, out, command=_command(), progress=True)

@@ -127,6 +127,17 @@ def test_swap_by_a_recipe(folder, text, tmp_path):
     refused(call("swap", folder, "--recipe", "lolcat", "--text", text), "recipe", "nearest: lolcats")
 
 
+def test_swap_in_groups(folder, text, tmp_path):
+    arguments = [
+        "swap", folder, "--to", "lolcats", "--distill", 2, "--group", 3, "--text", text, "--window", 64, "--windows", 1, "--length", 32,
+        "--prompts", 0, "--lengths", 16,
+    ]  # fmt: skip
+    refused(call(*arguments), "--group", "named with --out")
+    refused(call(*arguments, "--group", 0, "--out", tmp_path / "out"), "--group")
+    assert call(*arguments, "--out", tmp_path / "out").exit_code == 0
+    assert len(subquad.Report.load(tmp_path / "out").rows[-1].losses) == 2
+
+
 def test_recipes_are_listed():
     listed = json.loads(call("recipes", "--json").stdout)
     assert {"lolcats", "hedgehog", "liger", "lizard", "lawcat", "sliding-window"} <= {one["name"] for one in listed}

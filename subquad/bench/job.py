@@ -43,6 +43,7 @@ class Job:
             tokens, and the others are for measuring alone.
         window, stride, windows: of the held-out text, which is the end of the text.
         batch, length: of teaching (None: a recipe's own, otherwise 1 × 512); lr of the distillation (None: its own).
+        group: layers on the device at a time in the transfer; the model stays on the CPU then, and all else is done there.
         prompts: key-value recall prompts; 0 leaves them out.
         lengths: contexts at which prefill and decode are timed; bytes_64k is always from the cards.
     """
@@ -62,6 +63,7 @@ class Job:
     batch: int | None = None
     length: int | None = None
     lr: float | None = None
+    group: int | None = None
     prompts: int = 8
     distance: int = 256
     lengths: tuple[int, ...] = (256, 1024, 2048)
@@ -86,7 +88,7 @@ def run_job(job: Job, out: str | Path | None = None, *, command: str = "", progr
     Raises:
         InputError: anything that does not fit; nothing has been written then.
     """
-    device, wanted = _check(job)
+    device, wanted = _check(job, out)
     text = _text(job)
     identity = {**_plain(job), "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "stages": [one.stages for one in wanted]}
     folder = Folder(out, identity, command)
@@ -105,7 +107,7 @@ def _plain(job: Job) -> dict[str, Any]:
     return {**asdict(job), "to": [choice.label for choice in job.to], "swept": [choice.setting for choice in job.to]}
 
 
-def _check(job: Job) -> tuple[str, list[Subject]]:
+def _check(job: Job, out: str | Path | None) -> tuple[str, list[Subject]]:
     """Everything that can be known to be wrong before anything heavy is done; returns the device and what is to be tried."""
     if _of_images(job.model):
         should = "a causal language model; for images, subquad.swap(model, …) in Python, or subquad train vision --model … --mechanism …"
@@ -126,6 +128,10 @@ def _check(job: Job) -> tuple[str, list[Subject]]:
         raise InputError("--seed", job.seed, "at least 0 and less than 2**63")
     if job.lr is not None and not 0 < job.lr < math.inf:
         raise InputError("--lr", job.lr, "a positive number")
+    if job.group is not None and not any(one.grouped for one in wanted):
+        raise InputError("--group", job.group, "something to transfer: --distill, or a recipe that transfers")
+    if out is None and any(one.grouped for one in wanted):
+        raise InputError("--group", "no --out", "a folder for the hidden states between groups, named with --out")
     if job.tune_original and all(one.finetune is None for one in wanted):
         raise InputError("--tune-original", "nothing else that is tuned", "--finetune, or a recipe that fine-tunes")
     return pick_device(job.device), wanted
@@ -160,7 +166,7 @@ class _Words:
             "model": job.model,
             "text": f"{self._texts()}; held out: the last {self.run.held.numel():,} tokens",
             "windows": f"{job.windows} of {job.window:,} tokens" + (f", stride {job.stride}" if job.stride else ""),
-            "device": machine.device_name(self.run.device),
+            "device": machine.device_name(self.run.device) + self._apart(),
             "dtype": job.dtype,
             "versions": ", ".join(f"{name} {version}" for name, version in machine.versions().items()),
             "commit": machine.commit() or "not run from a checkout",
@@ -168,6 +174,10 @@ class _Words:
             "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         }
         return Report(self.run.done, about, self._notes()).compare()
+
+    def _apart(self) -> str:
+        apart = any(one.grouped for one in self.run.subjects) and self.run.teaching != self.run.device
+        return f"; groups of layers taught on {machine.device_name(self.run.teaching)}" if apart else ""
 
     def _notes(self) -> list[str]:
         job = self.run.job
@@ -209,11 +219,21 @@ class _Words:
             notes.append(
                 f"Fine-tuning: low-rank adapters, merged, on {tokens} tokens {where}; rows before it are of the same model without."
             )
+        compared = [one for one in self.run.subjects if one.recipe]
+        if len(compared) > 1:
+            notes.append(f"Tokens that each recipe was taught with: {'; '.join(map(self._tokens_read, compared))}.")
         still = [one.label for one in self.run.subjects if one.transfer is not None]
         still = [row.mechanism for row in rows if row.mechanism in still and not row.new_params and not row.taught]
         if still:
             notes.append(f"Without parameters of their own there is nothing to distil: {', '.join(still)}.")
         return notes
+
+    def _tokens_read(self, one: Subject) -> str:
+        """What a recipe's stages read, in words."""
+        last = [row for row in self.run.done if row.recipe == one.recipe and row.mechanism == one.label][-1]
+        stages = ((last.distill_tokens, "transfer"), (last.tune_tokens, "fine-tuning"))
+        parts = [f"{tokens:,} in {name}" for tokens, name in stages if tokens]
+        return f"{one.recipe} {' and '.join(parts) or 'none'}" + (f", {last.taught_tokens:,} in all" if len(parts) > 1 else "")
 
     def _agreement(self) -> str:
         pairs = [(row, n, size, row.kept_bytes[n]) for row in self.run.done for n, size in row.measured_bytes.items()]

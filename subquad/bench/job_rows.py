@@ -33,6 +33,9 @@ class JobRun:
 
     def __init__(self, job: Job, subjects: list[Subject], folder: Folder, device: str, progress: bool) -> None:
         self.job, self.subjects, self.folder, self.device, self.progress = job, subjects, folder, device, progress
+        self.teaching = device  # where groups of layers are taught; a model that is taught so need not fit there
+        if any(one.grouped for one in subjects):
+            self.device = "cpu"
         self.done: list[Row] = []
         self.kept_layers: dict[str, list[int]] = {}  # by subject, where they were chosen
 
@@ -101,6 +104,7 @@ class JobRun:
     def try_swaps(self) -> None:
         """Put every mechanism in and take it out again, and look for what is to be tuned: what does not fit shows before anything
         is written."""
+        from subquad.convert.blockwise import body_of
         from subquad.convert.lora import projections
         from subquad.convert.sensitivity import auto_keep, check_keep
 
@@ -110,6 +114,8 @@ class JobRun:
             check_keep(self.model, keep)
             layers = "all"
         for one in self.subjects:
+            if one.grouped:
+                body_of(self.model)
             self.swap(one.choice, layers)
             self.restore()
             if one.finetune is not None:
@@ -211,12 +217,13 @@ class JobRun:
 
         assert one.transfer is not None
         self._say(f"distilling {one.label}, {one.transfer['steps']} steps of {_size(one.transfer)} tokens")
-        result = distill(self.model, self.model, self.train, **one.transfer, **self._common(one.folder))
+        where = self.teaching if one.grouped else None
+        result = distill(self.model, self.model, self.train, **one.transfer, device=where, **self._common(one.folder))
         if kept is not None:
             return kept
         self._say(f"measuring {one.label} after distillation")
         row = replace(before, distilled_steps=result.steps, losses=result.losses, distill_seconds=result.seconds)
-        row.taught_tokens = result.tokens
+        row.distill_tokens = row.taught_tokens = result.tokens
         self._judge(row)
         return row
 
@@ -231,7 +238,7 @@ class JobRun:
         merge_lora(self.model)
         self._say(f"measuring {before.mechanism} after fine-tuning")
         row = replace(before, tuned_steps=result.steps, tune_losses=result.losses, tune_seconds=result.seconds)
-        row.taught_tokens = (before.taught_tokens or 0) + result.tokens
+        row.tune_tokens, row.taught_tokens = result.tokens, (before.taught_tokens or 0) + result.tokens
         self._judge(row)
         return row
 

@@ -47,7 +47,7 @@ class Row:
         timings: measured prefill and decode times, a dictionary a length.
         losses: the loss of every distillation step; `distill_seconds` what they took.
         tuned_steps: steps of fine-tuning after those; `tune_losses` and `tune_seconds` of them.
-        taught_tokens: read in both stages.
+        distill_tokens, tune_tokens: read in each stage; `taught_tokens` in both.
         recipe: that made it, if one did.
         peak_memory: most bytes that a prefill of `speed_at` tokens takes beyond the weights.
     """
@@ -81,6 +81,8 @@ class Row:
     tuned_steps: int = 0
     tune_losses: list[float] = field(default_factory=list)
     tune_seconds: float | None = None
+    distill_tokens: int | None = None
+    tune_tokens: int | None = None
     taught_tokens: int | None = None
     recipe: str = ""
     saved: str | None = None
@@ -104,9 +106,20 @@ class Row:
     @property
     def teaching(self) -> str:
         """What it learnt from, in words."""
-        stages = ((self.distilled_steps, "distillation", self.distill_seconds), (self.tuned_steps, "fine-tuning", self.tune_seconds))
-        parts = [f"{steps} steps of {of}" + (f" ({seconds:.0f} s)" if seconds else "") for steps, of, seconds in stages if steps]
+        stages = (
+            (self.distilled_steps, "distillation", self.distill_tokens, self.distill_seconds),
+            (self.tuned_steps, "fine-tuning", self.tune_tokens, self.tune_seconds),
+        )
+        parts = []
+        for steps, of, tokens, seconds in (stage for stage in stages if stage[0]):
+            known = ", ".join(form.format(n) for form, n in (("{:,} tokens", tokens), ("{:.0f} s", seconds)) if n)
+            parts.append(f"{steps} steps of {of}" + (f" ({known})" if known else ""))
         return " and ".join(parts)
+
+    @property
+    def stage_tokens(self) -> str:
+        """Tokens of each stage that there was, in words."""
+        return " + ".join(f"{tokens:,}" for tokens in (self.distill_tokens, self.tune_tokens) if tokens)
 
 
 @dataclass
@@ -252,6 +265,7 @@ COLUMNS = (
     ("mechanism", lambda r: r.mechanism),
     ("distilled_steps", lambda r: str(r.distilled_steps)),
     ("tuned_steps", lambda r: str(r.tuned_steps) if r.tuned_steps else "–"),
+    ("tokens taught", lambda r: r.stage_tokens or "–"),
     ("layers", lambda r: r.layers),
     ("nll", lambda r: _number(r.nll, "{:.4f}")),
     ("ppl", lambda r: _number(r.ppl)),

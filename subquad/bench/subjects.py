@@ -11,6 +11,7 @@ from subquad.checks import InputError
 
 if TYPE_CHECKING:
     from subquad.bench.job import Job
+    from subquad.convert.recipe import Recipe
 
 BATCH, LENGTH = 1, 512  # of what is taught without a recipe
 
@@ -39,6 +40,11 @@ class Subject:
         return f"recipe-{self.recipe}" if self.recipe else self.choice.folder
 
     @property
+    def grouped(self) -> bool:
+        """Whether a few layers at a time are transferred."""
+        return self.transfer is not None and self.transfer.get("group") is not None
+
+    @property
     def stages(self) -> list[Mapping[str, Any]]:
         return [stage for stage in (self.transfer, self.finetune) if stage is not None]
 
@@ -50,7 +56,7 @@ class Subject:
 
 
 def subjects(job: Job) -> list[Subject]:
-    """Of the mechanisms, then of the recipes.
+    """Of the mechanisms, then of the recipes, all of which read the same number of tokens, to less than a step.
 
     Raises:
         InputError: an unknown recipe, or nothing to try.
@@ -59,17 +65,11 @@ def subjects(job: Job) -> list[Subject]:
 
     size = {"batch": job.batch or BATCH, "length": job.length or LENGTH}
     rate = {} if job.lr is None else {"lr": job.lr}
-    transfer = {"steps": job.steps, **size, **rate} if job.steps else None
+    group = {} if job.group is None else {"group": job.group}
+    transfer = {"steps": job.steps, **size, **rate, **group} if job.steps else None
     finetune = {"steps": job.finetune, **size} if job.finetune else None
     found = [Subject(choice, transfer, finetune) for choice in job.to]
-    given = {key: value for key, value in (("batch", job.batch), ("length", job.length)) if value is not None}
-    for name in job.recipes:
-        one = recipe(name)
-        changes: dict[str, dict[str, Any]] = {
-            "transfer": {**given, **rate, **_steps(job.steps)},
-            "finetune": {**given, **_steps(job.finetune)},
-        }
-        one = one.changed({stage: values for stage, values in changes.items() if values})
+    for one in _equal(job, [recipe(name).changed({"transfer": {**rate, **group}}) for name in job.recipes]):
         found.append(Subject(Choice(one.mechanism, dict(one.options)), one.transfer, one.finetune, one.name, one.paper))
     if not found:
         raise InputError("--to", "nothing", "at least one mechanism, or a --recipe")
@@ -79,8 +79,16 @@ def subjects(job: Job) -> list[Subject]:
     return found
 
 
-def _steps(steps: int | None) -> dict[str, int]:
-    return {} if steps is None else {"steps": steps}
+def _equal(job: Job, given: list[Recipe]) -> list[Recipe]:
+    """Recipes with the job's steps, batch and length, all with as many tokens as the one that reads most so. Stages share them as
+    the recipe's file says, or as the job's steps do."""
+    asked = {name: {"steps": steps} for name, steps in (("transfer", job.steps), ("finetune", job.finetune)) if steps is not None}
+    made = [one.changed(asked).sized(job.batch, job.length) for one in given]
+    if len(made) < 2:
+        return made  # nothing to compare with
+    budget = max(one.total for one in made)
+    like = made if asked else given
+    return [one.budgeted(budget, {name: own.tokens(name) for name in one.stages}) for one, own in zip(made, like)]
 
 
 def step_tokens(stage: Mapping[str, Any]) -> int:

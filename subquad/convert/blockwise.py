@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from subquad.checks import InputError
-from subquad.convert.checkpoint import SHOULD, Checkpoints
+from subquad.convert.checkpoint import SHOULD, Checkpoint, Checkpoints
 from subquad.convert.run import Bar, seeded
 from subquad.convert.transfer import Objective, Pupils, lessons
 from subquad.files import whole, writing
@@ -116,24 +116,27 @@ def distill_in_groups(
     for number, (first, stop, some) in enumerate(todo):
         target = Hidden(out / f"hidden-{number + 1:03d}") if number + 1 < len(todo) else None
         with contextlib.ExitStack() as stack:
+            mine = {**settings, "group": f"layers {first}-{stop - 1}"}
+            keeper = Checkpoints(out / f"group-{number:03d}", mine, steps, take_finished=True)
+            if target is None and not take_finished and _finished(keeper, steps):
+                raise InputError("out", f"{out}, a finished run", SHOULD)
             if some:
-                keeper = Checkpoints(
-                    out / f"group-{number:03d}", {**settings, "group": f"layers {first}-{stop - 1}"}, steps, take_finished=True
-                )
-                if target is None and not take_finished and _finished(keeper, steps):
-                    raise InputError("out", f"{out}, a finished run", SHOULD)
                 teach: Any = stack.enter_context(lessons(student, teacher, some, objective))
                 teach.device = device
-                for module in some.values():
+                for module in some.values():  # a model that is its own teacher does not hold them meanwhile
+                    stack.callback(module.mechanism.to, next(module.mechanism.parameters()).device)
                     module.mechanism.to(device)
             held, *_ = [stack.enter_context(only(one, first, stop, device)) for one in bodies.values()]
-            bar = stack.enter_context(Bar("distill", steps, progress))
+            bar = stack.enter_context(Bar(f"distill layers {first}-{stop - 1}", steps, progress))
             if not some:  # what it makes of the states is needed all the same
                 assert target is not None
-                for step in range(steps):
-                    if not target.path(step).exists():
-                        _run(body, start(step), device)
-                        target.save(step, held["hidden"])
+                if not _finished(keeper, steps):  # otherwise a later group may have read them, and what they were made of is gone
+                    keeper.save(Checkpoint(0, {}, 0.0))  # marks the folder as this run's
+                    for step in range(steps):
+                        if not target.path(step).exists():
+                            _run(body, start(step), device)
+                            target.save(step, held["hidden"])
+                    keeper.save(Checkpoint(steps, {}, 0.0))
             else:
                 run = _Run(some, steps, lr, keeper)
                 while run.step < steps:

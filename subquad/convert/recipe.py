@@ -3,13 +3,14 @@
 subquad/convert/recipes/NAME.toml
     title, paper, summary, needs = [words, …], cost
     [mechanism]   name, and its options
-    [transfer]    steps, lr, batch, length, objective        (of `distill`; left out where there is nothing to transfer)
+    [transfer]    steps, lr, batch, length, objective, group (of `distill`; left out where there is nothing to transfer)
     [finetune]    steps, lr, rank, targets, loss, …          (of `finetune`)
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from subquad.convert.swap import find_host, restore, swap, swapped
 
 WORDS = ("title", "paper", "summary", "cost")
 STAGES: dict[str, tuple[str, ...]] = {
-    "transfer": ("steps", "lr", "batch", "length", "objective"),
+    "transfer": ("steps", "lr", "batch", "length", "objective", "group"),
     "finetune": (
         "steps", "lr", "batch", "accumulate", "length", "targets", "rank", "alpha", "train_mechanism", "loss", "kl_weight", "schedule",
         "warmup", "max_grad_norm",
@@ -72,6 +73,40 @@ class Recipe:
         """Tokens that a stage reads."""
         given = {**_defaults(stage), **self.stages[stage]}
         return given["steps"] * given["batch"] * given["length"] * given.get("accumulate", 1)
+
+    @property
+    def total(self) -> int:
+        """Tokens that all stages read."""
+        return sum(map(self.tokens, self.stages))
+
+    def sized(self, batch: int | None, length: int | None) -> Recipe:
+        """With `batch` sequences at a time, of `length` tokens; None keeps the recipe's own. A step of fine-tuning accumulates as many
+        batches as make the sequences that the recipe reads in a step; a step of the transfer is one batch."""
+        changes: dict[str, dict[str, int]] = {name: {} if length is None else {"length": length} for name in self.stages}
+        for name, stage in self.stages.items():
+            if batch is not None:
+                given = {**_defaults(name), **stage}
+                changes[name]["batch"] = batch
+                if "accumulate" in given:
+                    changes[name]["accumulate"] = max(1, -(-given["batch"] * given["accumulate"] // batch))
+        return self.changed(changes)
+
+    def budgeted(self, tokens: int, shares: Mapping[str, float]) -> Recipe:
+        """With the steps that read `tokens` in all, which is exact to half a step of the last stage.
+
+        Args:
+            tokens: at least a step of every stage.
+            shares: of the stages, in any unit.
+        """
+        sizes = {name: self.tokens(name) // stage["steps"] for name, stage in self.stages.items()}
+        made, left = {}, tokens
+        for index, (name, size) in enumerate(sizes.items()):
+            later = list(sizes)[index + 1 :]
+            part = left * shares[name] / sum(shares[one] for one in (name, *later))
+            most = (left - sum(sizes[one] for one in later)) // size if later else math.inf
+            made[name] = max(1, int(min(round(part / size), most)))
+            left -= made[name] * size
+        return self.changed({name: {"steps": steps} for name, steps in made.items()})
 
     def scaled(self, steps: int) -> Recipe:
         """With `steps` in all, shared out to the stages in the recipe's proportion, at least one each."""
@@ -194,6 +229,7 @@ def linearize(
     steps: int | Mapping[str, int] | None = None,
     batch: int | None = None,
     length: int | None = None,
+    group: int | None = None,
     out: str | Path | None = None,
     save_every: int = 25,
     seed: int = 0,
@@ -210,7 +246,9 @@ def linearize(
         layers: as `swap` takes them, or "auto:K": all but the K whose replacement alone costs most on the first batches.
         steps: None for the recipe's own; an integer for both stages together, in the recipe's proportion; or
             {"transfer": …, "finetune": …}, 0 leaving a stage out.
-        batch, length: instead of the recipe's.
+        batch, length: of the sequences at a time, instead of the recipe's; fine-tuning accumulates batches until a step has read as
+            many sequences as the recipe's.
+        group: layers on the device at a time in the transfer, as `distill` takes it; `out` is needed then.
         out: folder for checkpoints, a folder in it for each stage. The same call on the same model, made again after the
             process died, goes on; made after the end, it gives the converted model again.
         seed: of new parameters, adapters and data.
@@ -219,6 +257,8 @@ def linearize(
         InputError: as `swap`, `distill` and `finetune`. The model's attention is then the original.
     """
     chosen = _chosen(recipe, steps, batch, length)
+    if group is not None:
+        chosen = grouped(chosen, group)
     if not find_host(model).causal:
         raise InputError("model", type(model).__name__, "a causal decoder")
     if chosen.finetune is not None:
@@ -245,6 +285,14 @@ def linearize(
     return result
 
 
+def grouped(chosen: Recipe, group: int) -> Recipe:
+    """With a transfer of `group` layers at a time."""
+    check_counts(group=group)
+    if chosen.transfer is None:
+        raise InputError("group", group, f"a recipe with something to transfer, as {chosen.name} only tunes")
+    return chosen.changed({"transfer": {"group": group}})
+
+
 def _first_batches(data: Any, chosen: Recipe, seed: int) -> list[dict[str, Any]]:
     """What layers are compared on."""
     given = next(iter(chosen.stages.values()), {})
@@ -263,5 +311,5 @@ def _chosen(given: str | Path | Recipe, steps: int | Mapping[str, int] | None, b
         chosen = chosen.changed({key: {"steps": value} for key, value in steps.items()})
     elif steps is not None:
         chosen = chosen.scaled(steps)
-    own = {key: value for key, value in (("batch", batch), ("length", length)) if value is not None}
-    return chosen.changed(dict.fromkeys(STAGES, own))
+    check_counts(**{key: value for key, value in (("batch", batch), ("length", length)) if value is not None})
+    return chosen.sized(batch, length)

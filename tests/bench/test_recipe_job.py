@@ -1,6 +1,7 @@
 """The job with recipes and fine-tuning: its rows, its saved models, that it goes on, and text that the model writes itself."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ from safetensors.torch import load_file
 from subquad import InputError, Report
 from subquad.bench import quality
 from subquad.bench.choice import Choice
+from subquad.bench.folder import Folder
 from subquad.bench.html import report_page
 from subquad.bench.job import Job, run_job
-from subquad.bench.job_rows import ORIGINAL
+from subquad.bench.job_rows import ORIGINAL, JobRun
+from subquad.bench.report import COLUMNS
+from subquad.bench.subjects import subjects
 from subquad.convert.finetune import finetune
+from subquad.convert.recipe import recipes
 from subquad.models.load import load_model
 from subquad.models.self_text import sample, self_text
 from subquad.models.text import encode, load_text, split
@@ -127,21 +132,142 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(job, tmp_path, monkeypatch
 
 
 def test_a_recipe_may_leave_stages_out(job, tmp_path):
-    from dataclasses import replace
-
     report = run_job(replace(job, to=(), tune_original=False, steps=0, finetune=0))
     assert [(r.distilled_steps, r.tuned_steps) for r in report.rows] == [(0, 0), (0, 0)]
     report = run_job(replace(job, to=(), tune_original=False, finetune=None, batch=2))
     assert [(r.distilled_steps, r.tuned_steps, r.taught_tokens) for r in report.rows[1:]] == [
         (0, 0, None),
         (4, 0, 4 * 2 * 32),
-        (4, 3, 4 * 2 * 32 + 3 * 2 * 2 * 32),
+        (4, 3, 4 * 2 * 32 + 3 * 2 * 32),  # a step of the tuning is two sequences, as in the file
     ]
 
 
-def test_what_a_recipe_does_not_say_is_as_without_one(job, tmp_path):
-    from dataclasses import replace
+# ---- a few layers at a time --------------------------------------------------------------------------------------------
 
+
+def test_a_transfer_in_groups_is_the_same_and_goes_on_in_its_group(job, tmp_path, monkeypatch):
+    from subquad.convert import blockwise
+
+    short = replace(job, to=(Choice("lolcats", {"window": 4}),), steps=3, finetune=1, tune_original=False)
+    expected = run_job(short, tmp_path / "whole")
+    real, begun = blockwise.only, []
+
+    def stops(body, first, *rest):
+        if len(begun) == 3:  # in the second group of the second subject
+            raise KeyboardInterrupt
+        begun.append(first)
+        return real(body, first, *rest)
+
+    grouped = replace(short, group=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise, "only", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(grouped, tmp_path / "groups")
+    assert begun == [0, 3, 0]
+    kept = tmp_path / "groups" / "checkpoints" / "recipe-small"
+    assert sorted(p.name for p in kept.iterdir()) == ["group-000", "hidden-001"] and len(list((kept / "hidden-001").iterdir())) == 3
+    with pytest.raises(InputError, match=r"--out: got .*an unfinished run with group = 3"):
+        run_job(replace(grouped, group=2), tmp_path / "groups")
+    found = run_job(grouped, tmp_path / "groups")
+    assert [r.losses for r in found.rows] == [pytest.approx(r.losses) for r in expected.rows]
+    assert [r.nll for r in found.rows] == pytest.approx([r.nll for r in expected.rows], abs=1e-9)
+    assert not (tmp_path / "groups" / "checkpoints").exists()
+
+
+def test_a_model_that_is_taught_in_groups_stays_on_the_cpu(job):
+    for group, home in ((None, "cuda"), (2, "cpu")):
+        asked = replace(job, group=group)
+        run = JobRun(asked, subjects(asked), Folder(None, {}), "cuda", False)
+        assert (run.device, run.teaching) == (home, "cuda")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"steps": 0}, "--group: got 2; expected something to transfer: --distill, or a recipe that transfers"),
+        ({"to": (Choice("lolcats"),), "recipes": (), "steps": 0}, "--group: got 2; expected something to transfer"),
+        ({"out": None}, "--group: got no --out; expected a folder for the hidden states"),
+    ],
+)
+def test_what_groups_need(job, tmp_path, change, message):
+    out = change.pop("out", tmp_path / "out")
+    with pytest.raises(InputError, match=message):
+        run_job(replace(job, group=2, **change), out)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- equal budgets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch, length", [(None, None), (None, 32), (1, 32), (3, 16), (8, None), (64, 32)])
+@pytest.mark.parametrize("steps", [None, 0, 1, 7])
+@pytest.mark.parametrize("finetune", [None, 1, 5])
+def test_recipes_that_are_compared_read_the_same_to_less_than_a_step(batch, length, steps, finetune):
+    wanted = subjects(Job("m", recipes=tuple(recipes()), steps=steps, finetune=finetune, batch=batch, length=length))
+    totals, largest = [], 0
+    for one in wanted:
+        assert [name for name in ("transfer", "finetune") if getattr(one, name)] == [
+            name for name in recipes()[one.recipe].stages if steps != 0 or name == "finetune"
+        ]
+        sizes = [s.get("batch", 1) * s.get("accumulate", 1) * s.get("length", 512) for s in one.stages]
+        totals.append(sum(stage["steps"] * size for stage, size in zip(one.stages, sizes)))
+        largest = max(largest, *sizes)
+        if (steps, finetune) == (None, None) and len(sizes) == 2:  # the files' stages are all of the same tokens
+            first, second = (stage["steps"] * size for stage, size in zip(one.stages, sizes))
+            assert abs(first - second) <= sum(sizes)
+    assert max(totals) - min(totals) < largest
+
+
+def test_a_step_of_tuning_reads_what_the_recipe_says():
+    for batch, expected in ((1, (1, 8)), (2, (2, 4)), (3, (3, 3)), (8, (8, 1)), (16, (16, 1))):
+        for one in subjects(Job("m", recipes=tuple(recipes()), batch=batch)):
+            assert (one.finetune["batch"], one.finetune["accumulate"]) == expected
+            assert one.transfer is None or (one.transfer["batch"], "accumulate" in one.transfer) == (batch, False)
+
+
+def test_steps_that_are_asked_for_are_those_of_the_recipe_that_reads_most():
+    lolcats, liger = subjects(Job("m", recipes=("lolcats", "liger"), steps=10, finetune=5, batch=1, length=32))
+    assert (lolcats.transfer["steps"], lolcats.finetune["steps"]) == (10, 5)  # 10 + 5 × 8 sequences
+    assert liger.finetune["steps"] == 6  # of 8 sequences: 48
+    (alone,) = subjects(Job("m", recipes=("liger",), steps=10, finetune=5, batch=1, length=32))
+    assert alone.finetune["steps"] == 5
+
+
+def test_every_recipe_is_taught_with_the_same_number_of_tokens(job, tmp_path, monkeypatch):
+    """Counted where the loops hand a batch to the model."""
+    from subquad.convert.finetune import _Engine
+    from subquad.convert.transfer import _Teacher
+
+    read, names = [], tuple(recipes())
+    teach, advance = _Teacher.__call__, _Engine.advance
+
+    def transfers(self, batch):
+        read.append(("transfer", batch["input_ids"].numel()))
+        return teach(self, batch)
+
+    def tunes(self, run, judge, batches, norm):
+        read.append(("finetune", sum(batch["input_ids"].numel() for batch in batches)))
+        return advance(self, run, judge, batches, norm)
+
+    monkeypatch.setattr(_Teacher, "__call__", transfers)
+    monkeypatch.setattr(_Engine, "advance", tunes)
+    short = replace(job, to=(), recipes=names, tune_original=False, steps=3, finetune=2, batch=1, length=32, windows=1, lengths=(16,))
+    report = run_job(short, tmp_path / "out")
+    totals = {}
+    for name in names:
+        last = [row for row in report.rows if row.recipe == name][-1]
+        mine, read = read[: last.distilled_steps + last.tuned_steps], read[last.distilled_steps + last.tuned_steps :]
+        counted = {stage: sum(n for of, n in mine if of == stage) for stage in ("transfer", "finetune")}
+        assert counted == {"transfer": last.distill_tokens or 0, "finetune": last.tune_tokens}
+        totals[name] = sum(counted.values())
+        assert totals[name] == last.taught_tokens
+    assert not read and max(totals.values()) == (3 + 2 * 8) * 32 and max(totals.values()) - min(totals.values()) < 8 * 32
+    (note,) = (note for note in report.notes if note.startswith("Tokens that each recipe was taught with"))
+    assert "lolcats 96 in transfer and 512 in fine-tuning, 608 in all" in note and "liger 512 in fine-tuning;" in note
+    assert [text(report.rows[-1]) for name, text in COLUMNS if name == "tokens taught"] == ["512"]
+
+
+def test_what_a_recipe_does_not_say_is_as_without_one(job, tmp_path):
     path = tmp_path / "short.toml"
     path.write_text(RECIPE[: RECIPE.index("[transfer]")] + "[finetune]\nsteps = 1\n")
     report = run_job(replace(job, to=(), recipes=(str(path),), tune_original=False, finetune=None, length=None))
@@ -151,8 +277,6 @@ def test_what_a_recipe_does_not_say_is_as_without_one(job, tmp_path):
 
 
 def test_layers_that_cost_most_are_kept(job, tmp_path):
-    from dataclasses import replace
-
     from subquad.convert.sensitivity import layer_costs
 
     report = run_job(replace(job, recipes=(), finetune=None, tune_original=False, layers="auto:3"), tmp_path / "out")
@@ -179,8 +303,6 @@ def test_layers_that_cost_most_are_kept(job, tmp_path):
     ],
 )
 def test_bad_input_writes_nothing(job, tmp_path, change, message):
-    from dataclasses import replace
-
     with pytest.raises(InputError, match=message):
         run_job(replace(job, **change), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -238,8 +360,6 @@ def test_batches_are_kept_and_gone_on_with(llama, tmp_path, monkeypatch):
 
 
 def test_a_job_teaches_with_what_the_model_wrote(job, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path / "cache"))
     own = replace(job, text=("self", *job.text), self_tokens=256, to=(), steps=0, tune_original=True)
     report = run_job(own, tmp_path / "out")

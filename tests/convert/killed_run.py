@@ -1,8 +1,8 @@
 """A run for the tests of resuming: `python killed_run.py OUT KIND` trains in forked children that are killed, then one that is not.
-KIND is "distill" or "finetune".
+KIND is "distill", "finetune", or "linearize" for both stages in one run, whose transfer "linearize-groups" carries out a layer at a time.
 
-Prints a digest of the weights of the run that was killed, and of one that was not. A child is killed as soon as a checkpoint of
-the given step appears, or while it is being written.
+Prints a digest of the weights and losses of the run that was killed, and of one that was not. A child is killed as soon as a
+checkpoint of the given step appears, or while the one after it is being written.
 """
 
 import copy
@@ -10,6 +10,7 @@ import hashlib
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from toy_mechanisms import ToyTemperature, tiny_llama
 from subquad.contract import register
 from subquad.convert.distill import distill
 from subquad.convert.finetune import finetune
+from subquad.convert.recipe import Recipe, linearize
 from subquad.convert.swap import swap
 
 STEPS = 12
@@ -35,8 +37,10 @@ class Slow(list):
 def run(out, kind):
     torch.manual_seed(3)
     teacher = tiny_llama()
+    if kind.startswith("linearize"):
+        return linearized(teacher, out, kind)
     student = swap(copy.deepcopy(teacher), "toy-temperature", noise=0.2)
-    data = Slow(torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(5))
+    data = batches()
     options = {"steps": STEPS, "out": out, "save_every": 2, "progress": False}
     if kind == "distill":
         result = distill(student, teacher, data, **options)
@@ -44,20 +48,39 @@ def run(out, kind):
     else:
         result = finetune(student, data, loss="kl", train_mechanism=True, accumulate=2, lr=1e-2, **options)
         history = result.losses
+    return digest_of(student, history, result.tokens), result.resumed_from
+
+
+def linearized(model, out, kind):
+    """Steps that were there already, by stage, follow the digest."""
+    stages = ({"steps": STEPS, "lr": 1e-2}, {"steps": STEPS, "lr": 1e-2, "accumulate": 2, "rank": 2, "train_mechanism": True})
+    recipe = Recipe("killed", "", "", "", "", (), "toy-temperature", {"noise": 0.2}, *stages)
+    options = {"group": 1, "out": out or tempfile.mkdtemp()} if kind.endswith("groups") else {"out": out}
+    result = linearize(model, recipe, batches(), save_every=2, progress=False, **options)
+    first, second = result.transfer, result.finetune
+    digest = digest_of(model, (first.layer_losses, second.losses), (first.tokens, second.tokens))
+    return digest, f"{first.resumed_from},{second.resumed_from}"
+
+
+def batches():
+    return Slow(torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(5))
+
+
+def digest_of(model, history, tokens):
     digest = hashlib.sha256()
-    for name, tensor in student.state_dict().items():
+    for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())
-    digest.update(repr((history, result.tokens)).encode())
-    return digest.hexdigest(), result.resumed_from
+    digest.update(repr((history, tokens)).encode())
+    return digest.hexdigest()
 
 
-def killed(out, kind, step, drafts):
-    """Run in a child, and kill it when the checkpoint of `step` is there (or, with `drafts`, any draft after it)."""
+def killed(out, kind, place, step, drafts):
+    """Run in a child, and kill it when the checkpoint of `step` is in out/place (or, with `drafts`, any draft after it)."""
     child = os.fork()
     if not child:
         run(out, kind)
         os._exit(0)
-    found = out / "checkpoint"
+    found = out / place / "checkpoint"
     end = time.time() + 60
     while time.time() < end:
         there = [p.name for p in found.iterdir()] if found.exists() else []
@@ -73,8 +96,11 @@ def main(out, kind):
     register("toy-temperature")(ToyTemperature)
     import peft  # noqa: F401  before the forks, as it takes seconds
 
-    for step, drafts in ((0, False), (4, True), (8, False)):
-        assert os.WIFSIGNALED(killed(out, kind, step, drafts)), "the run ended before it was killed"
+    moments = ((0, False), (4, True), (8, False))
+    stages = {"linearize": ("transfer", "finetune"), "linearize-groups": ("transfer/group-000", "transfer/group-002", "finetune")}
+    for place in stages.get(kind, ("",)):
+        for step, drafts in moments:
+            assert os.WIFSIGNALED(killed(out, kind, place, step, drafts)), "the run ended before it was killed"
     digest, resumed_from = run(out, kind)
     print(digest, resumed_from)
     print(*run(None, kind))

@@ -9,6 +9,7 @@ from convert.toy_mechanisms import tiny_llama
 from subquad import InputError
 from subquad.convert import blockwise
 from subquad.convert.distill import distill
+from subquad.convert.run import Bar
 from subquad.convert.swap import swap, swapped
 
 pytestmark = pytest.mark.usefixtures("learners")
@@ -97,12 +98,75 @@ def test_the_model_is_left_whole_and_where_it_was(teacher, tokens, tmp_path):
     assert not any(module._forward_hooks for module in teacher.modules())
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_mechanisms_come_back_too(teacher, tokens, tmp_path, shared, monkeypatch):
+    student, went = student_of(teacher), []
+    real = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: went.append((self, str(device))) or real(self, "cpu"))
+    distill(student, student if shared else teacher, tokens, group=2, out=tmp_path, device="cpu:0", **{**OPTIONS, "steps": 1})
+    for module in swapped(student).values():
+        assert [device for of, device in went if of is module.mechanism] == ["cpu:0", "cpu"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True])
+def test_groups_on_a_gpu_of_a_model_on_the_cpu(teacher, tokens, tmp_path, shared):
+    whole, parts = student_of(teacher), student_of(teacher)
+    expected = distill(whole, whole if shared else teacher, tokens, **OPTIONS)
+    found = distill(parts, parts if shared else teacher, tokens, group=2, device="cuda", out=tmp_path, **OPTIONS)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-2)
+    assert {x.device.type for x in [*parts.parameters(), *parts.buffers(), *teacher.parameters()]} == {"cpu"}
+    assert parts(tokens[None, :20]).logits.isfinite().all()
+
+
 def test_a_finished_run_is_refused_or_taken(teacher, tokens, tmp_path):
     first = distill(student_of(teacher), teacher, tokens, group=2, out=tmp_path, **OPTIONS)
     with pytest.raises(InputError, match="a finished run"):
         distill(student_of(teacher), teacher, tokens, group=2, out=tmp_path, **OPTIONS)
     taken = distill(other := student_of(teacher), teacher, tokens, group=2, out=tmp_path, take_finished=True, **OPTIONS)
     assert taken.layer_losses == first.layer_losses and not torch.equal(temperatures(other), temperatures(student_of(teacher)))
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 4, 5])
+def test_a_run_with_layers_that_learn_nothing_goes_on_and_is_taken(tokens, tmp_path, killed_after, monkeypatch):
+    """Groups 0, 3 and 5 of six learn; killed when so many groups are through and their inputs have been removed."""
+    teacher = tiny_llama(num_hidden_layers=6)
+    layers = dict.fromkeys((0, 3, 5), "toy-temperature")
+    students = [swap(copy.deepcopy(teacher), None, layers=layers) for _ in range(4)]
+    expected = distill(students[0], teacher, tokens, **OPTIONS)
+    real, passed = blockwise.only, []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(body, *rest):
+        if len(passed) == killed_after:
+            raise Killed
+        passed.append(rest)
+        return real(body, *rest)
+
+    groups = {"group": 1, "out": tmp_path, **OPTIONS}
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise, "only", dying)
+        with pytest.raises(Killed):
+            distill(students[1], students[1], tokens, **groups)
+    assert distill(students[2], students[2], tokens, **groups).layer_losses == expected.layer_losses
+    distill(students[3], students[3], tokens, take_finished=True, **groups)
+    assert all(torch.equal(temperatures(one), temperatures(students[0])) for one in students[2:])
+
+
+def test_groups_that_learn_nothing_belong_to_their_run_too(teacher, tokens, tmp_path):
+    student = swap(copy.deepcopy(teacher), None, layers={2: "toy-temperature"})
+    distill(student, teacher, tokens, group=1, out=tmp_path, **OPTIONS)
+    with pytest.raises(InputError, match=r"group = layers 0-0\b.*layers 0-1"):
+        distill(student, teacher, tokens, group=2, out=tmp_path, **OPTIONS)
+
+
+def test_a_bar_says_which_layers(teacher, tokens, tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr(blockwise, "Bar", lambda label, *rest: labels.append(label) or Bar(label, *rest))
+    distill(student_of(teacher), teacher, tokens, group=2, out=tmp_path, **OPTIONS)
+    assert labels == ["distill layers 0-1", "distill layers 2-2"]
 
 
 def test_bad_input(teacher, tokens, tmp_path):

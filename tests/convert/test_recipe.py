@@ -1,7 +1,11 @@
 """Recipes: what their files may say, how they are scaled, and that `linearize` is swap, distill, finetune and merge."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +89,17 @@ def test_tokens_and_steps(mine):
         one.scaled(1)
 
 
+def test_a_budget_is_shared_to_half_a_step(mine):
+    one = recipe(mine)  # steps of 16 and of 32 tokens
+    for tokens in range(48, 400, 7):
+        for shares in ({"transfer": 1, "finetune": 1}, {"transfer": 3, "finetune": 1}, {"transfer": 1, "finetune": 1000}):
+            made = one.budgeted(tokens, shares)
+            assert abs(made.total - tokens) <= 16 and all(stage["steps"] >= 1 for stage in made.stages.values())
+            wanted = tokens * shares["transfer"] / sum(shares.values())
+            assert abs(made.tokens("transfer") - min(max(wanted, 16), tokens - 32)) <= 16
+    assert one.budgeted(one.total, {name: one.tokens(name) for name in one.stages}) == one
+
+
 def test_linearize_is_its_stages_one_after_another(model, mine, tokens):
     whole, apart = copy.deepcopy(model), model
     result = subquad.linearize(whole, mine, tokens, steps={"transfer": 3, "finetune": 2}, seed=7, **QUIET)
@@ -127,6 +142,39 @@ def test_it_goes_on_where_it_stopped_and_gives_a_finished_model_again(model, min
     assert same(again, expected)
 
 
+@pytest.mark.parametrize("kind", ["linearize", "linearize-groups"])
+def test_runs_killed_in_each_stage_end_with_the_losses_and_weights_of_an_unbroken_one(tmp_path, kind):
+    script = Path(__file__).parent / "killed_run.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "run", kind], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (killed, resumed_from), (unbroken, none) = (line.split() for line in done.stdout.strip().splitlines())
+    assert killed == unbroken and none == "0,0"
+    first, second = map(int, resumed_from.split(","))
+    assert first == 12 and 8 <= second < 12
+
+
+def test_a_transfer_in_groups_is_the_same(model, mine, tokens, tmp_path):
+    steps, models = {"transfer": 4, "finetune": 2}, [copy.deepcopy(model) for _ in range(3)]
+    expected = linearize(models[0], mine, tokens, steps=steps, **QUIET)
+    found = linearize(models[1], mine, tokens, steps=steps, group=2, out=tmp_path / "asked", **QUIET)
+    mine.write_text(TEXT.replace("[finetune]", "group = 2\n[finetune]"))
+    said = linearize(models[2], mine, tokens, steps=steps, out=tmp_path / "said", **QUIET)
+    assert found.transfer.layer_losses == said.transfer.layer_losses == expected.transfer.layer_losses
+    assert same(models[1], models[0]) and same(models[2], models[0])
+    assert all((tmp_path / name / "transfer" / "group-001").is_dir() for name in ("asked", "said"))
+    for options, message in (
+        ({}, "out: got None; expected a folder for the hidden states"),
+        ({"group": 0, "out": tmp_path / "none"}, "group: got 0; expected a positive integer"),
+        ({"steps": {"transfer": 0}, "group": 1, "out": tmp_path / "none"}, "group: got 1; expected a recipe with something to transfer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            linearize(model, mine, tokens, **options, **QUIET)
+    assert not swapped(model) and not (tmp_path / "none").exists()
+
+
 def test_nothing_to_transfer_is_left_out(model, tokens):
     result = linearize(model, "sliding-window", tokens, steps=2, batch=1, length=16, layers="2:1", **QUIET)
     assert result.transfer is None and result.finetune.steps == 2 and list(swapped(model)) == [0, 1]
@@ -164,12 +212,13 @@ def test_damaged_files_are_named(tmp_path):
         ("steps = 10", "steps = true", "finetune.steps = True; expected an integer"),
         ("accumulate = 2", 'accumulate = "2"', "finetune.accumulate = '2'; expected an integer"),
         ('targets = ["q_proj", "k_proj"]', 'targets = "q_proj"', "finetune.targets = 'q_proj'; expected a list"),
+        ("lr = 1e-2", 'group = "2"', "transfer.group = '2'; expected an integer"),
         ("accumulate = 2", 'loss = "ce"', "'ce'; expected a finetune.loss; one of: kl, next-token"),
         ("lr = 1e-2", "lr = ", "TOML that cannot be read"),
     ):
         assert old in TEXT
         with pytest.raises(InputError) as error:
-            parse("mine", TEXT.replace(old, new), "mine.toml")
+            parse("mine", TEXT.replace(old, new, 1), "mine.toml")
         assert re.match(rf"recipe mine\.toml: got {message}", str(error.value)) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="got no stage; expected"):
         parse("mine", TEXT[: TEXT.index("[transfer]")], "mine.toml")

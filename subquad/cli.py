@@ -298,12 +298,14 @@ def bench(
 
 @app.command("spectrum")
 def spectrum_command(
-    model: Annotated[str, typer.Argument(help="A ViT or DeiT of timm, such as vit_tiny_patch16_224, or a backbone of this library.")],
+    model: Annotated[
+        str, typer.Argument(help="A ViT, DeiT or Swin of timm, or in a folder of transformers', or a backbone of this library.")
+    ],
     images: Annotated[list[Path], typer.Argument(help="Image files, stretched to --size.")],
     mechanism: Annotated[
         list[str] | None, typer.Option(help="A mechanism with options; repeat for several (default: all for images).")
     ] = None,
-    size: Annotated[str, typer.Option(help="Side of the images, or rowsxcolumns.")] = "224",
+    size: Annotated[str | None, typer.Option(help="Side of the images, or rowsxcolumns (default: the model's own).")] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights of the model, .safetensors or .pth (default: as first made).")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Weights from timm's hub.")] = False,
     rtol: Annotated[float, typer.Option(help="Singular values above this share of the largest count as rank.")] = 0.01,
@@ -316,6 +318,8 @@ def spectrum_command(
       subquad spectrum vit_tiny_patch16_224 photo.jpg --pretrained --out runs/ranks
 
       subquad spectrum ravlt_t a.png b.png --mechanism softmax --mechanism rala --size 192x256
+
+      subquad spectrum ./my-swin photo.jpg --size 384
     """
     from subquad.bench.spectrum_report import run
 

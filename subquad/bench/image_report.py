@@ -15,6 +15,7 @@ from subquad.bench import html
 from subquad.bench.plots import Axis, Dot, Series, dots, lines
 from subquad.bench.report import write_whole
 from subquad.bench.speed import bytes_text
+from subquad.models.images import UNTRAINED
 
 FORMAT = 1
 HEADS = ("mechanism", "size", "M params", "G multiply–adds", "ms/image", "× original", "peak memory", "cosine")
@@ -63,7 +64,7 @@ class ImageReport:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*NOTES, FRESH) if "untrained" in self.about["weights"] else NOTES
+        return (*NOTES, FRESH) if self.about["weights"] == UNTRAINED else NOTES
 
     def cells(self) -> list[list[str]]:
         """A line for each size and row."""

@@ -32,7 +32,7 @@ from subquad.checks import InputError
 from subquad.convert.size import resize
 from subquad.convert.swap import find_host, restore, swap, swapped
 from subquad.files import writing
-from subquad.models.images import Pair, find_images, load_image_model, own_sides, read_image
+from subquad.models.images import Pair, find_images, load_image_model, own_sides, read_image, weights_words
 
 ORIGINAL = "softmax (original)"
 ROUNDS = 3
@@ -177,10 +177,9 @@ def _measure(job: ImageJob, rows: Sequence[ImageRow], model: nn.Module, pixels: 
 
 
 def _about(job: ImageJob, files: Sequence[Path], sizes: Sequence[Pair], device: str, command: str) -> dict[str, str]:
-    own = "the folder's" if Path(job.model).is_dir() else "as first made, untrained"
     return {
         "model": job.model,
-        "weights": "timm's hub" if job.pretrained else str(job.weights or own),
+        "weights": weights_words(job.model, job.weights, job.pretrained),
         "images": ", ".join(file.name for file in files),
         "sizes": ", ".join(f"{rows} × {columns}" for rows, columns in sizes),
         "batch": f"{job.batch}, for time and memory",

@@ -1,4 +1,4 @@
-"""What `subquad spectrum` reads and shows: a model of timm, images, a table, and a page with plots."""
+"""What `subquad spectrum` reads and shows: an image model, images, a table, and a page with plots."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from subquad.bench.report import write_whole
 from subquad.bench.spectrum import DEFAULT, LEAST, Ranks, check, spectrum
 from subquad.checks import InputError
 from subquad.files import writing
-from subquad.models.images import load_image_model, parse_sides, read_image
+from subquad.models.images import UNTRAINED, load_image_model, own_sides, parse_sides, read_image, weights_words
 
 HEADS = ("layer", "mechanism", "buffer", "eff.", "head", "eff.", "heads", "eff.")
 WORDS = "Numerical and effective rank of the key–value buffer, of one head's output and of all heads' outputs side by side."
 
 
 def run(
-    name: str, images: Sequence[Path], mechanisms: Sequence[str] | None, size: str, weights: Path | None, pretrained: bool, rtol: float,
-    out: Path | None, command: str,
+    name: str, images: Sequence[Path], mechanisms: Sequence[str] | None, size: str | None, weights: Path | None, pretrained: bool,
+    rtol: float, out: Path | None, command: str,
 ) -> None:  # fmt: skip
     """The command: everything is checked before the model is made."""
     choices = [parse_choice("--mechanism", one) for one in mechanisms or DEFAULT]
@@ -37,7 +37,7 @@ def run(
     check(wanted)
     if not LEAST <= rtol < 1:
         raise InputError("--rtol", rtol, f"a number from {LEAST:g} to 1")
-    sides = parse_sides(size)
+    sides = own_sides(name) if size is None else parse_sides(size)
     if out is not None:
         check_new("--out", out)
     pixels = torch.stack([read_image(path, sides) for path in images])
@@ -45,7 +45,7 @@ def run(
     try:
         rows = spectrum(model, (pixels - mean) / deviation, wanted, rtol=rtol, progress=True)
     except (AssertionError, RuntimeError) as error:  # timm's own words for sizes that a model does not take
-        raise InputError("--size", f"{size!r} ({error})", f"a size that {name} takes") from None
+        raise InputError("--size", f"{sides[0]}x{sides[1]} ({error})", f"a size that {name} takes") from None
 
     table = Table(
         header_style="bold", title=f"{name}, {len(images)} image{'s' * (len(images) > 1)} of {sides[0]} × {sides[1]}, rtol {rtol:g}"
@@ -55,11 +55,11 @@ def run(
     for row in rows:
         table.add_row(*cells(row))
     Console().print(table)
-    if weights is None and not pretrained:
+    if weights_words(name, weights, pretrained) == UNTRAINED:
         typer.echo("The model has the weights that it was first made with; --weights or --pretrained give trained ones.", err=True)
     if out is not None:
         about = {
-            "model": name, "weights": "timm's hub" if pretrained else str(weights or "as first made"),
+            "model": name, "weights": weights_words(name, weights, pretrained),
             "images": ", ".join(p.name for p in images),
             "size": f"{sides[0]} × {sides[1]}", "rtol": f"{rtol:g}", "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
             "commit": commit() or "not in a checkout", "command": command,

@@ -21,6 +21,7 @@ Pair = tuple[int, int]
 FAMILIES = ("vit", "deit", "swin")  # of transformers
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MOST = 16  # images of a folder that are read
+UNTRAINED = "as first made, untrained"
 
 
 def is_image_model(name: str) -> bool:
@@ -73,6 +74,12 @@ def load_image_model(
     if weights is not None:
         load_weights(model, weights)
     return resize(model, sides) if sides not in (None, own_sides(name)) else model, statistics
+
+
+def weights_words(name: str, weights: Path | None, pretrained: bool) -> str:
+    """Where `load_image_model` has a model's weights from, in words."""
+    own = "the folder's" if Path(name).is_dir() else UNTRAINED
+    return "timm's hub" if pretrained else str(weights or own)
 
 
 def _timm(name: str, sides: Pair | None, weights: Path | None, pretrained: bool) -> tuple[nn.Module, tuple[Tensor, Tensor]]:

@@ -328,7 +328,7 @@ def spectrum_command(
 
 @app.command("flops")
 def flops_command(
-    model: Annotated[str, typer.Argument(help="An image model of timm or of this library.")],
+    model: Annotated[str, typer.Argument(help="An image model of timm or of this library, or a folder of transformers'.")],
     size: Annotated[str | None, typer.Option(help="Side of the images, or rowsxcolumns (default: the model's own).")] = None,
 ) -> None:
     """Parameters and multiply–adds of an image model.

@@ -184,6 +184,8 @@ def test_folders_are_read_at_any_size(folders, tmp_path):
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in made("Swin").state_dict().items())
     wide, _ = load_image_model(str(folders / "ViT"), (32, 64))
     assert wide.vit.embeddings.position_embeddings.shape == (1, 1 + 4 * 8, 32)
+    counted = CliRunner().invoke(app, ["flops", str(folders / "ViT")]).stdout
+    assert f", 32 × 32: {sum(p.numel() for p in made('ViT').parameters()) / 1e6:.1f} M parameters" in counted
     bare = tmp_path / "bare"
     made("ViT", "Model").save_pretrained(bare)
     assert type(load_image_model(str(bare))[0]).__name__ == "ViTModel"

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import subquad
 from subquad.bench.spectrum import Ranks, Spectrum, ranks, spectrum
-from subquad.bench.spectrum_report import read_image
+from subquad.models.images import read_image
 from subquad.models.vision import vision_model
 
 MECHANISMS = ("softmax", "linear-elu", "linear-relu", "rala", "mala")

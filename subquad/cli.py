@@ -29,6 +29,7 @@ from subquad.cli_encoder import swap_encoder
 from subquad.cli_needle import needle
 from subquad.cli_recipes import recipes
 from subquad.cli_simulate import simulate_gna
+from subquad.cli_swap import swap
 from subquad.cli_train import train_app
 
 CAPABILITIES = ("causal", "bidirectional", "needs_grid", "recurrent", "training_free", "needs_hidden")
@@ -207,91 +208,11 @@ def _usage(name: str, options: dict[str, Any], card: contract.Card, heads: int, 
     return "\n".join(lines)
 
 
-# ---- swap ----------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def swap(
-    model: Annotated[str, typer.Argument(help="smollm2-135m (embedded), a local folder, or a hub id.")],
-    to: Annotated[list[str] | None, typer.Option(help="A mechanism, with options: NAME:option=value,…; repeat for several.")] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option(help="A published conversion (see subquad recipes), or a .toml file; repeat for several.")
-    ] = None,
-    sweep: Annotated[list[str] | None, typer.Option(help="Settings of an option, each a row: window=64,128,256; repeat to cross.")] = None,
-    layers: Annotated[
-        str,
-        typer.Option(
-            help="all, a ratio (3:1: three swapped, one kept), indices (0,2,4-7,-1), or auto:8 (all but the 8 that cost most to replace)."
-        ),
-    ] = "all",
-    distill: Annotated[
-        int | None, typer.Option(min=0, help="Steps of attention transfer for what has new parameters (default: a recipe's own; else 0).")
-    ] = None,
-    finetune: Annotated[
-        int | None, typer.Option(min=0, help="Steps of low-rank fine-tuning after that (default: a recipe's own; else 0).")
-    ] = None,
-    tune_original: Annotated[bool, typer.Option("--tune-original", help="Fine-tune the original in the same way, to compare.")] = False,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Files, folders, or hub:owner/name, a data set (default: the embedded book); self: the model writes what it learns from."
-        ),
-    ] = None,
-    self_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model writes with --text self.")] = 65536,
-    out: Annotated[Path | None, typer.Option(help="Folder for report, distilled models and checkpoints.")] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens of a window of held-out text.")] = 1024,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows (default: the window).")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows held out, at the end of the text.")] = 8,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time to teach with (default: a recipe's own; else 1).")] = None,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a sequence to teach with (default: a recipe's own; else 512).")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the distillation.")] = None,
-    group: Annotated[int | None, typer.Option(min=1, help="Layers on the device at a time to distil; the model stays on the CPU.")] = None,
-    prompts: Annotated[int, typer.Option(min=0, help="Key-value recall prompts (0: none).")] = 8,
-    lengths: Annotated[str, typer.Option(help="Context lengths at which speed is measured.")] = "256,1024,2048",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of new parameters, data order and prompts.")] = 0,
-) -> None:
-    """Put cheaper attention into a model, teach it, and show before and after.
-
-    The same command, run again after an interruption, goes on where it stopped.
-
-    Examples:
-
-      subquad swap smollm2-135m --to sliding-window:window=64,sinks=4
-
-      subquad swap smollm2-135m --to lolcats --to gla --distill 200 --out runs/first
-
-      subquad swap smollm2-135m --to sliding-window --sweep window=64,128,256,512 --out runs/density
-
-      subquad swap ./my-llama --to lolcats --layers 3:1 --distill 500 --text corpus.txt --out runs/mine
-
-      subquad swap ./my-llama --recipe lolcats --recipe sliding-window --distill 200 --finetune 200 --tune-original --out runs/recipes
-    """
-    from subquad.bench import choice
-    from subquad.bench.job import Job, run_job
-
-    chosen = choice.sweep("--sweep", [choice.parse_choice("--to", one) for one in to or ()], sweep or ())
-    job = Job(
-        model=model, to=tuple(chosen), recipes=tuple(recipe or ()), layers=layers, steps=distill, finetune=finetune,
-        tune_original=tune_original, text=tuple(str(path) for path in text or ()), self_tokens=self_tokens,
-        window=window, stride=stride, windows=windows, batch=batch, length=length, lr=lr, group=group, prompts=prompts,
-        lengths=tuple(choice.integers("--lengths", lengths)), device=device, dtype=dtype, seed=seed,
-    )  # fmt: skip
-    report = run_job(job, out, command=_command(), progress=True)
-    report.print()
-    if out is None:
-        typer.echo("Nothing was written: name a folder with --out to keep the report and the models.")
-    else:
-        typer.echo(f"Report: {out / 'report.html'} and {out / 'report.json'}")
-
-
 def _command() -> str:
     return shlex.join(["subquad", *sys.argv[1:]])
 
 
+app.command("swap")(swap)
 app.add_typer(train_app, name="train")
 app.command("recipes")(recipes)
 app.command("simulate-gna")(simulate_gna)
@@ -377,12 +298,14 @@ def bench(
 
 @app.command("spectrum")
 def spectrum_command(
-    model: Annotated[str, typer.Argument(help="A ViT or DeiT of timm, such as vit_tiny_patch16_224, or a backbone of this library.")],
+    model: Annotated[
+        str, typer.Argument(help="A ViT, DeiT or Swin of timm, or in a folder of transformers', or a backbone of this library.")
+    ],
     images: Annotated[list[Path], typer.Argument(help="Image files, stretched to --size.")],
     mechanism: Annotated[
         list[str] | None, typer.Option(help="A mechanism with options; repeat for several (default: all for images).")
     ] = None,
-    size: Annotated[str, typer.Option(help="Side of the images, or rowsxcolumns.")] = "224",
+    size: Annotated[str | None, typer.Option(help="Side of the images, or rowsxcolumns (default: the model's own).")] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights of the model, .safetensors or .pth (default: as first made).")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Weights from timm's hub.")] = False,
     rtol: Annotated[float, typer.Option(help="Singular values above this share of the largest count as rank.")] = 0.01,
@@ -395,6 +318,8 @@ def spectrum_command(
       subquad spectrum vit_tiny_patch16_224 photo.jpg --pretrained --out runs/ranks
 
       subquad spectrum ravlt_t a.png b.png --mechanism softmax --mechanism rala --size 192x256
+
+      subquad spectrum ./my-swin photo.jpg --size 384
     """
     from subquad.bench.spectrum_report import run
 
@@ -403,7 +328,7 @@ def spectrum_command(
 
 @app.command("flops")
 def flops_command(
-    model: Annotated[str, typer.Argument(help="An image model of timm or of this library.")],
+    model: Annotated[str, typer.Argument(help="An image model of timm or of this library, or a folder of transformers'.")],
     size: Annotated[str | None, typer.Option(help="Side of the images, or rowsxcolumns (default: the model's own).")] = None,
 ) -> None:
     """Parameters and multiply–adds of an image model.

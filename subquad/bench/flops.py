@@ -147,20 +147,12 @@ def _outermost(model: nn.Module) -> list[Attention]:
     return found
 
 
-def _own_side(name: str) -> str:
-    """The side of the images that timm says a model is for, or 224."""
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(name, allow_unregistered=True)
-    return str(config.input_size[1] if config is not None and config.input_size else 224)
-
-
 def report(name: str, size: str | None = None) -> str:
     """What `subquad flops` prints; at the model's own size if none is given."""
-    from subquad.bench.spectrum_report import make_model, parse_sides
+    from subquad.models.images import load_image_model, own_sides, parse_sides
 
-    sides = parse_sides(_own_side(name) if size is None else size)
-    model, _ = make_model(name, sides, None, False)
+    sides = own_sides(name) if size is None else parse_sides(size)
+    model, _ = load_image_model(name, sides)
     count = flops(model, sides)
     parts = {"convolutions": count.convolutions, "linear layers": count.linear, "attention": count.attention, "all": count.total}
     rows = [f"{word:17}{value / 1e9:8.2f} G multiply–adds" for word, value in {**parts, "by fvcore's rule": count.fvcore}.items()]

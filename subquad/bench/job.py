@@ -9,7 +9,6 @@ run again after an interruption, goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from subquad.bench.job_rows import SELF, JobRun
 from subquad.bench.report import Report
 from subquad.bench.subjects import Subject, stage_tokens, subjects
 from subquad.checks import InputError
-from subquad.models.load import DEFAULT
+from subquad.models.images import is_image_model
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ def _plain(job: Job) -> dict[str, Any]:
 
 def _check(job: Job, out: str | Path | None) -> tuple[str, list[Subject]]:
     """Everything that can be known to be wrong before anything heavy is done; returns the device and what is to be tried."""
-    if _of_images(job.model):
-        should = "a causal language model; for images, subquad.swap(model, …) in Python, or subquad train vision --model … --mechanism …"
+    if is_image_model(job.model):
+        should = "a causal language model; for images, run_image_job of subquad.bench.image_swap, or subquad train vision"
         raise InputError("model", repr(job.model), should)
     wanted = subjects(job)
     labels = [choice.label for choice in job.to]
@@ -135,15 +134,6 @@ def _check(job: Job, out: str | Path | None) -> tuple[str, list[Subject]]:
     if job.tune_original and all(one.finetune is None for one in wanted):
         raise InputError("--tune-original", "nothing else that is tuned", "--finetune, or a recipe that fine-tunes")
     return pick_device(job.device), wanted
-
-
-def _of_images(name: str) -> bool:
-    """Whether timm has a model of that name, which is no folder or file."""
-    if name == DEFAULT or "/" in name or Path(name).exists() or importlib.util.find_spec("timm") is None:
-        return False
-    import timm
-
-    return bool(timm.is_model(name))
 
 
 def _text(job: Job) -> str:

@@ -7,12 +7,14 @@ output ``[N, V]``, and of the output of all heads side by side ``[N, H·V]``:
     effective rank   exp(−Σ p log p), p the singular values over their sum (Roy, Vetterli: EUSIPCO 2007)
 
 q, k and v are those of the model's own forward pass, so that mechanisms are compared on equal inputs, each layer for itself;
-class tokens are tokens like any other.
+class tokens are tokens like any other. A Swin computes its own attention, windows, shifts and bias included, but its q, k and v are
+looked at over the whole image, as `swap` has mechanisms work on them; softmax beside them is then neither windowed nor biased.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from subquad.bench.progress import bar
 from subquad.checks import InputError
 from subquad.contract import Attention, attention, card
-from subquad.convert.swap import swap
+from subquad.convert.swap import find_host, swap
 from subquad.convert.windows import SwappedWindowAttention
 from subquad.ops.moments import gather_moments, mean_features
 from subquad.rotary import Rotary
@@ -100,29 +102,32 @@ def capture(model: nn.Module, pixels: Tensor) -> list[Layer]:
     """What each attention layer of a model is given on images ``[B, C, H, W]``.
 
     Layers of this library are watched as they are; a model without any is copied, and the copy's attention swapped to softmax,
-    which computes the same.
+    which computes the same (a Swin's in its windows; what it is given is joined to whole images).
 
     Raises:
         InputError: the model has no attention layer that can be watched.
     """
     if not any(isinstance(m, Attention) for m in model.modules()):
-        model = swap(copy.deepcopy(model), "softmax", causal=False)
-        if any(isinstance(m, SwappedWindowAttention) for m in model.modules()):
-            raise InputError(
-                "model", "a Swin, whose attention has a bias and sees windows", "a ViT or DeiT of timm, or a backbone of this library"
-            )
+        model = copy.deepcopy(model)
+        windowed = find_host(model).options  # a Swin's, of which only the windows compute the same
+        swap(model, "softmax", causal=False, **({"scope": "window"} if windowed else {}))
     found: list[Layer] = []
     names = {
-        m: name.removesuffix(".mechanism").removesuffix(".attend").removesuffix(".attn")
-        for name, m in model.named_modules()
-        if isinstance(m, Attention)
+        m: re.sub(r"(\.(mechanism|attend|attn|attention))+$", "", name) for name, m in model.named_modules() if isinstance(m, Attention)
     }
+    swin = {m: names.pop(m.mechanism) for m in model.modules() if isinstance(m, SwappedWindowAttention)}
 
     def watch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         q, k, v = args
         found.append(Layer(names[module], q.float(), k.float(), v.float(), kwargs.get("rotary")))  # type: ignore[index]
 
+    def watch_windows(module: nn.Module, args: Any) -> None:
+        assert isinstance(module, SwappedWindowAttention)
+        q, k, v = (x.float() for x in module.project(module.windows().join(args[0]).flatten(1, 2)))
+        found.append(Layer(swin[module], q, k, v, None))
+
     handles = [m.register_forward_pre_hook(watch, with_kwargs=True) for m in names]
+    handles += [m.register_forward_pre_hook(watch_windows) for m in swin]
     training = model.training
     try:
         model.eval()(pixels)

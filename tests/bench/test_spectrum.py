@@ -54,10 +54,58 @@ def test_capture_takes_the_model_as_it_is():
     assert model.training
 
 
-def test_capture_refuses_windows():
-    swin = timm.models.SwinTransformer(img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1,), num_heads=(1,), num_classes=2)
-    with pytest.raises(subquad.InputError, match="model: got a Swin, whose attention"):
-        capture(swin, torch.randn(1, 3, 32, 32))
+def windowed(library):
+    """A Swin with a bias of some size, on 8 × 8 tokens in windows of 4 × 4, the second block shifted; two heads of 4."""
+    torch.manual_seed(0)
+    if library == "timm":
+        sizes = {"embed_dim": 8, "depths": (2,), "num_heads": (2,), "window_size": 4, "patch_size": 4}
+        model = timm.models.SwinTransformer(img_size=32, num_classes=2, **sizes)
+    else:
+        transformers = pytest.importorskip("transformers")
+        sizes = {"embed_dim": 8, "depths": (2,), "num_heads": (2,), "window_size": 4, "patch_size": 4}
+        model = transformers.SwinModel(transformers.SwinConfig(image_size=32, initializer_range=0.3, **sizes))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias_table", "bias")):
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_capture_joins_a_swins_windows(library):
+    """What each block's norm before attention gives, on the grid, through the projections; of the model's own pass, bias and shifts
+    included."""
+    model, pixels = windowed(library), torch.randn(2, 3, 32, 32)
+    blocks = model.layers[0].blocks if library == "timm" else model.encoder.layers[0].blocks
+    norms = [block.norm1 if library == "timm" else block.layernorm_before for block in blocks]
+    seen = []
+    handles = [norm.register_forward_hook(lambda m, i, o: seen.append(o.detach().reshape(2, 64, 8))) for norm in norms]
+    model(pixels)
+    for handle in handles:
+        handle.remove()
+    layers = capture(model, pixels)
+    assert [layer.name.rpartition(".")[2] for layer in layers] == ["0", "1"] and len(seen) == 2
+    for block, x, layer in zip(blocks, seen, layers):
+        if library == "timm":
+            expected = block.attn.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2)
+        else:
+            own = block.attention
+            expected = [project(x).unflatten(-1, (2, 4)) for project in (own.q_proj, own.k_proj, own.v_proj)]
+        for found, wanted in zip((layer.q, layer.k, layer.v), expected):
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    rows = spectrum(model, pixels, [("softmax", {}), ("rala", {})])
+    assert len(rows) == 4 and rows[0].most == 4
+
+
+def test_a_swapped_swin_is_watched_as_it_is():
+    model, pixels = windowed("timm"), torch.randn(1, 3, 32, 32)
+    subquad.swap(model, "rala")
+    first = model.layers[0].blocks[0]
+    layers = capture(model, pixels)
+    with torch.no_grad():
+        q = first.attn.qkv(first.norm1(model.patch_embed(pixels)).flatten(1, 2)).unflatten(-1, (3, 2, 4)).unbind(2)[0]
+    torch.testing.assert_close(layers[0].q, q, atol=1e-5, rtol=1e-5)
+    assert len(layers) == 2
 
 
 def test_buffers_are_what_the_output_is_read_from():
@@ -141,11 +189,30 @@ def test_the_command(photo, tmp_path):
     assert html.count("<svg") == 3 and "rala" in html
 
 
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Swin"])
+def test_the_command_on_folders_of_transformers(kind, photo, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vit = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
+    sizes = {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "window_size": 4} if kind == "Swin" else vit
+    config = getattr(transformers, f"{kind}Config")(image_size=32, **sizes)
+    getattr(transformers, f"{kind}ForImageClassification")(config).save_pretrained(tmp_path / "model")
+    for size in ((), ("--size", "48x64")):
+        out = tmp_path / f"out{len(size)}"
+        words = [str(tmp_path / "model"), str(photo), "--mechanism", "softmax", "--mechanism", "rala", "--out", str(out), *size]
+        done = CliRunner().invoke(app, ["spectrum", *words])
+        assert done.exit_code == 0 and "first made" not in done.stderr, done.output
+        found = json.loads((out / "spectrum.json").read_text())
+        assert found["about"]["size"] == ("48 × 64" if size else "32 × 32") and found["about"]["weights"] == "the folder's"
+        assert len({r["layer"] for r in found["rows"]}) == 3 and len(found["rows"]) == 6
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         (["vit_tinny_patch16_224", "PHOTO"], "vit_tiny_patch16_224"),
         (["ravlt_t", "nowhere.png"], "nowhere.png"),
+        (["FOLDER", "PHOTO"], "without transformers' config.json"),
         (["ravlt_t", "PHOTO", "--size", "big"], "--size"),
         (["ravlt_t", "PHOTO", "--size", "16"], "32"),
         (["ravlt_t", "PHOTO", "--size", "²"], "--size"),
@@ -158,7 +225,7 @@ def test_the_command(photo, tmp_path):
 )
 def test_errors_are_one_line(words, said, photo, tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    files = {"PHOTO": str(photo), "LIST": str(tmp_path / "list.pth")}
+    files = {"PHOTO": str(photo), "LIST": str(tmp_path / "list.pth"), "FOLDER": str(tmp_path)}
     done = CliRunner().invoke(app, ["spectrum", *(files.get(word, word) for word in words)])
     assert done.exit_code == 2
     assert len(done.output.strip().splitlines()) == 1 and said in done.output

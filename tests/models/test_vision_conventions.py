@@ -166,3 +166,26 @@ def test_indices_are_checked(name):
             model.forward_intermediates(images, indices)
     with pytest.raises(InputError, match="output_fmt"):
         model.forward_intermediates(images, output_fmt="NLC")
+
+
+@pytest.mark.parametrize("name", [*SMALL, "ravlt_t"])
+@pytest.mark.parametrize("features_only", [False, True])
+def test_images_of_a_wrong_dtype(name, features_only):
+    """What torch would refuse in its own words, and nothing else."""
+    options = SMALL.get(name, {"dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "heads": (1, 1, 1, 1)})
+    model = timm.create_model(name, features_only=features_only, **options).eval()
+    images = torch.rand(1, 3, 64, 64)
+    for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(InputError, match=f"^images: got .* {str(dtype)[6:]} on cpu; expected floating-point images .*, normalised"):
+            model(images.to(dtype))
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        with pytest.raises(InputError, match=f"^images: got .* {str(dtype)[6:]} on cpu; expected images of the weights' dtype, float32"):
+            model(images.to(dtype))
+    with pytest.raises(InputError, match="the weights' dtype, bfloat16"):
+        model.bfloat16()(images)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.float()(images.bfloat16())
+        with pytest.raises(InputError, match="float64"):
+            model(images.double())
+    with torch.no_grad():
+        assert model.double()(images.double()) is not None

@@ -32,6 +32,7 @@ class ImageModel(nn.Module):
 
     unit: ClassVar[str]
     least: int  # rows and columns of an image
+    stem: Any
     head: Any
 
     def __init__(self, in_chans: int, num_classes: int, drop_path_rate: float, depths: Sequence[int]) -> None:
@@ -125,10 +126,20 @@ class ImageModel(nn.Module):
         return x
 
     def _check_images(self, images: Tensor) -> None:
+        should = f"floating-point images [B, {self.in_chans}, H, W]"
         if not isinstance(images, Tensor):
-            raise InputError("images", type(images).__name__, f"floating-point images [B, {self.in_chans}, H, W]")
-        if images.dim() != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
-            raise InputError("images", shape_of(images), f"floating-point images [B, {self.in_chans}, H, W]")
+            raise InputError("images", type(images).__name__, should)
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise InputError("images", shape_of(images), should)
+        if not images.is_floating_point():
+            raise InputError(
+                "images", shape_of(images), f"{should}, normalised: of bytes, images.float() / 255 less a mean, over a deviation"
+            )
+        weights = next(self.stem.parameters()).dtype
+        if images.dtype != weights and (images.dtype == torch.float64 or not torch.is_autocast_enabled(images.device.type)):
+            raise InputError(
+                "images", shape_of(images), f"images of the weights' dtype, {str(weights).removeprefix('torch.')}, or autocast"
+            )
         if min(images.shape[2:]) < self.least:
             raise InputError("images", shape_of(images), f"at least {self.least} rows and columns, the total stride")
 
@@ -157,7 +168,6 @@ class Backbone(ImageModel):
 
     unit = "stages"
     least = 32
-    stem: Any
     stages: Any
 
     def __init__(

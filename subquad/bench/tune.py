@@ -245,7 +245,7 @@ def pick(tried: dict[Config, float], now: Config, allowed: Collection[Config]) -
 
 
 def find(case: Case, quick: bool, dtype: torch.dtype, device: str, barred: Collection[Config] = ()) -> Row:
-    """The row of one case, which is none of those barred; the table is as before afterwards."""
+    """The row of one case, found without those barred: the row in use stays where it is all there is. The table is as before afterwards."""
     before = {case.key: launch.TABLE[case.key]} if case.key in launch.TABLE else {}
     now = {regime: current(case, regime) for regime in ("many", "few")}
     best, tried, wrong = dict(now), {}, list(barred)
@@ -278,10 +278,13 @@ def find_apart(case: Case, quick: bool, dtype: torch.dtype, workers: list[Proces
         except Lost as lost:
             barred.append(lost.config)
             workers.pop().shutdown(wait=False)
+        except BrokenProcessPool:  # it died before it could say of what
+            workers.pop()
+            return Row(case, current(case, "many"), current(case, "few"), {}, {}, barred)
 
 
 def compile_one(case: Case, config: Config, cut: bool, dtype: torch.dtype) -> None:
-    """Leaves a candidate's kernels in Triton's cache: at a small size, as no size of the tensors but the head dim is compiled in."""
+    """Leaves a candidate's kernels in Triton's cache: at a small size, as heads, head dim and strides are what is compiled in."""
     torch.set_num_threads(1)
     launch.use({case.key: (config, config)})
     try:
@@ -325,13 +328,15 @@ def tune(
     if device == "cuda":
         compile_all(cases, quick, dtype, progress)
     workers: list[ProcessPoolExecutor] = []
-    with bar("measuring", len(cases), show=progress) as advance:
-        for case in cases:
-            row = find_apart(case, quick, dtype, workers) if device == "cuda" else find(case, quick, dtype, device)
-            advance()
-            yield row
-    for worker in workers:
-        worker.shutdown()
+    try:
+        with bar("measuring", len(cases), show=progress) as advance:
+            for case in cases:
+                row = find_apart(case, quick, dtype, workers) if device == "cuda" else find(case, quick, dtype, device)
+                advance()
+                yield row
+    finally:
+        for worker in workers:
+            worker.shutdown(cancel_futures=True)
 
 
 def save(rows: list[Row], about: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(function)
     def run(first: Tensor, *args: Any, **kwargs: Any) -> Result:
-        if not torch.is_autocast_enabled(first.device.type):
+        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(first.device.type):  # which takes time, too
             return function(first, *args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *args, **kwargs)

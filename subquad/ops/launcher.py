@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -38,6 +39,13 @@ def _watched() -> bool:
     """Whether a profiler of Triton's wants to hear of launches."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def _stand_in(x: TensorDescriptor) -> TensorDescriptor:
+    """A descriptor like x that keeps nothing large."""
+    found = copy(x)
+    found.base = x.base.new_empty(1)
+    return found
 
 
 class Missing(Exception):
@@ -83,7 +91,9 @@ class Launcher:
         if _thread.jobs is not None:
             if key not in self.known and key not in self.coming:
                 # a dtype stands for an aligned tensor, so that none is kept for as long as the compiler takes
-                like = [x if not isinstance(x, Tensor) or x.data_ptr() & 15 else x.dtype for x in tensors]
+                like = [
+                    _stand_in(x) if isinstance(x, TensorDescriptor) else x if x is None or x.data_ptr() & 15 else x.dtype for x in tensors
+                ]
                 _thread.jobs[self, key] = (*like, *strides, *plain)
             return
         coming = self.coming.pop(key, None)
@@ -169,9 +179,15 @@ def steps_of(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple([0 if x is None else token_step(x.shape, x.stride()) for x in tensors])
 
 
+@cache
+def _copies(device: torch.device) -> bool:
+    """Whether the device has copies by descriptor, as NVIDIA's from Hopper on; on CPU the interpreter has."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def describable(x: Tensor | None, batch: int) -> bool:
-    """Whether `describe` can name x ``[batch, N, H, D]``: all must lie 16 bytes apart or a multiple of that, and nothing twice."""
-    if x is None or x.shape[0] != batch or x.shape[1] < 2:
+    """Whether `Described` can name x ``[batch, N, H, D]``: all must lie multiples of 16 bytes apart, and none on another."""
+    if x is None or x.shape[0] != batch or x.shape[1] < 2 or not _copies(x.device):
         return False
     steps = x.stride()[:3]
     return min(steps) > 0 and not (x.data_ptr() | (steps[0] | steps[1] | steps[2]) * x.itemsize) & 15

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -104,6 +105,21 @@ def test_what_loses_the_device_is_left_out_in_another_process(monkeypatch):
     row = tune.find_apart(CASE, False, torch.bfloat16, workers)
     assert len(started) == 2 and started[1:] == workers and row.wrong == [deadly] and dict(launch.TABLE) == before
     assert deadly not in row.tried["many"] and len(row.tried["many"]) >= 4
+
+
+def test_a_process_that_dies_leaves_the_row_in_use(monkeypatch):
+    class Worker:
+        def __init__(self, *_, **__): ...
+
+        def submit(self, *_):
+            done = Future()
+            done.set_exception(BrokenProcessPool("it was killed"))
+            return done
+
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Worker)
+    workers = []
+    row = tune.find_apart(CASE, False, torch.bfloat16, workers)
+    assert (row.many, row.few) == launch.TABLE[CASE.key] and not workers and not row.tried and "many" not in row.line.split("#")[1]
 
 
 def test_the_row_in_use_stays_unless_another_is_clearly_faster():

@@ -2,11 +2,13 @@
 
 import _thread
 import threading
+from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from subquad.ops import launcher
 from subquad.ops.delta import delta_rule
@@ -138,6 +140,43 @@ def test_threads_that_compile_are_those_of_the_first_call(monkeypatch):
     _thread.start_new_thread(ask, ())
     assert done.acquire(timeout=9) and done.acquire(timeout=9)
     assert len(seen) == 2 and all(not t.daemon and t in before for t in seen)
+
+
+def test_a_descriptor_is_what_its_checks_would_let_pass():
+    x = torch.zeros(2, 70, 4, 48, dtype=torch.bfloat16)
+    turned = x.transpose(1, 2)
+    whole = TensorDescriptor(turned, list(turned.shape), list(turned.stride()), [1, 1, 32, 64])
+    made = launcher.Described.of(x.shape, x.stride(), 32, 64).at(x)
+    assert made.base is x
+    for field in fields(TensorDescriptor):
+        if field.name != "base":
+            assert getattr(made, field.name) == getattr(whole, field.name), field.name
+
+
+@pytest.mark.parametrize(
+    "x, said",
+    [
+        (torch.zeros(2, 8, 4, 16), True),
+        (torch.zeros(2, 8, 4, 15), False),  # heads 60 bytes apart
+        (torch.zeros(2 * 8 * 4 * 16 + 1)[1:].view(2, 8, 4, 16), False),  # begins off 16 bytes
+        (torch.zeros(2, 1, 4, 16).expand(2, 8, 4, 16), False),
+        (torch.zeros(1, 8, 4, 16), False),  # shared by the rows of the batch
+        (torch.zeros(2, 1, 4, 16), False),
+        (None, False),
+    ],
+)
+def test_what_descriptors_can_name(x, said):
+    assert launcher.describable(x, 2) is said
+
+
+def test_a_rehearsal_keeps_no_tensor_behind_a_descriptor(monkeypatch):
+    x = torch.zeros(1, 512, 1, 64)
+    told = launcher.Described.of(x.shape, x.stride(), 64, 64).at(x)
+    one = Launcher(SimpleNamespace(arg_names=()), {}, num_warps=4)
+    monkeypatch.setattr(launcher._thread, "jobs", {})
+    one((1, 1, 1), (x, told), (), ())
+    (kept,) = launcher._thread.jobs.values()
+    assert kept[0] == torch.float32 and kept[1].base.numel() == 1 and kept[1].shape == told.shape and told.base is x
 
 
 def test_no_sequences_launch_nothing():

@@ -289,3 +289,19 @@ def test_sums_of_values_and_of_weights(kernels, heads, monkeypatch):
     expected = torch.autograd.grad(want[..., :-1].sum() + want[..., -1].square().sum(), (q, k, v))
     for a, b in zip(found, expected):
         close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "sparse"])
+def test_exported_calls_keep_out_of_autocast(name):
+    """What is exported without autocast and run under it computes in the dtype of its inputs all the same."""
+    from subquad.ops.sparse import Layout, sparse_attention
+
+    class Call(torch.nn.Module):
+        def forward(self, q, k, v):
+            return linear_attention(q, k, v) if name == "linear" else sparse_attention(q, k, v, Layout.causal(40))
+
+    x = tuple(torch.randn(1, 40, 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    exported = torch.export.export(Call(), x).module()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = exported(*x)
+    torch.testing.assert_close(found, Call()(*x), rtol=1e-6, atol=1e-6)

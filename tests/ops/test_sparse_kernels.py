@@ -310,19 +310,29 @@ def test_empty_inputs():
         assert o.shape == x[0].shape and torch.autograd.grad(o.sum(), x)[1].shape == x[1].shape
 
 
+def _learned(n, m):
+    """A bias of keys, and factors: what else is read along a tile's keys."""
+    factors = tuple(torch.randn(2, size, 1, 3, generator=torch.Generator().manual_seed(size)) for size in (n, m))
+    return {"bias": factors, "key_bias": torch.randn(2, 1, m, generator=torch.Generator().manual_seed(9))}
+
+
 @pytest.mark.parametrize(
     "layout, sizes",
     [
         (Layout.window(70, 25, 3), {}),
+        (Layout.dense(37, 50), {"batch": 2, "learned": _learned(37, 50)}),
+        (Layout.window(70, 25), {"given": {"cu_seqlens": torch.tensor([0, 13, 13, 70])}}),
+        (Layout.from_predicate(lambda q, k: (q * 7 + k * 3) % 5 < 2, 70, 70, block=32), {}),
         (Layout.dense(37, 90), {"batch": 2, "heads": (4, 2, 1)}),
         (Layout.causal(45), {"width": 20, "values": 12}),
         (Layout.causal(45), {"width": 18}),  # rows that begin off 16 bytes: by addresses
     ],
-    ids=["window", "groups", "widths", "unaligned"],
+    ids=["window", "beside", "packed", "bitmaps", "groups", "widths", "unaligned"],
 )
 def test_loads_by_descriptors(layout, sizes, monkeypatch):
     """Tiles beyond the last token and the last channel are zero, as addresses that are not asked for are."""
     asked, call = [], Launcher.__call__
+    sizes = {**sizes, "given": {name: x.to(DEVICE) for name, x in sizes.get("given", {}).items()}}
     launch.use({key: tile._replace(described=True) for key, tile in SMALL.items()})
     monkeypatch.setattr(launch, "DESCRIBE_FROM", 0)
     monkeypatch.setattr(Launcher, "__call__", lambda self, *given: (asked.append(given[1][3] is not None), call(self, *given))[1])

@@ -13,17 +13,17 @@ from subquad.ops.sparse.rules import Causal, Everything, Rule, Terrace, Window
 
 def pairs_of(rule: Rule, n: int, m: int) -> int | None:
     """The pairs of n queries, the last of m positions, and m keys that the rule shows; None where they would have to be looked at."""
-    q = torch.arange(m - n, m)
     if isinstance(rule, Everything):
         return n * m
+    if isinstance(rule, Neighborhood | Circle):
+        return None if not n == m == prod(rule.grid) else _neighbors(rule) if isinstance(rule, Neighborhood) else _within(rule)
+    q = torch.arange(m - n, m)
     if isinstance(rule, Causal):
         return int((q + 1).sum())
     if isinstance(rule, Window):
         return int((q + 1).clamp(max=rule.size).sum() + (q + 1 - rule.size).clamp(0, rule.sinks).sum())
     if isinstance(rule, Terrace):
         return int((q + 1 - ((q // rule.size - 1) * rule.size).clamp(min=0)).sum())
-    if isinstance(rule, Neighborhood | Circle) and n == m == prod(rule.grid):
-        return _neighbors(rule) if isinstance(rule, Neighborhood) else _within(rule)
     return None
 
 

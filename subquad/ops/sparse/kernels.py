@@ -1,7 +1,8 @@
 """Triton kernels of softmax over the keys that a layout names.
 
 `query_kernel` owns a tile of queries of one head and goes through the tiles of keys on its list: first the whole ones, which
-need no mask, then the partial ones. Scores (times `unit`) are in log 2; the row's running maximum and sum are float32:
+need no mask, then the partial ones; in a loop each, or in one where tiles come by descriptors. Scores (times `unit`) are in
+log 2; the row's running maximum and sum are float32:
 
     s = q·kᵀ    m' = max(m, max s)    p = 2^(s − m')    l' = l·2^(m − m') + Σp    o' = o·2^(m − m') + p·v
 

@@ -33,10 +33,11 @@ class Tile(NamedTuple):
     described: bool = False
 
 
-# (kernel, padded width of q and v, bits of an element, whether tiles are boxes of a grid) -> tile; the fastest on an H200 in
-# benchmarks/results/sparse-tiles-*.json, but for boxes forward at width 64: stages as for lines, as loads run further ahead since.
+# (kernel, padded width of q and v, bits of an element, whether tiles are boxes of a grid) -> tile. Measured on an H200, see
+# benchmarks/results/sparse-tiles-*.json: by the geometric mean over windows and all before a position, which counts half. Of boxes forward
+# at width 64, stages as for lines, as loads run further ahead since; of lines there, what grids in raster order are fastest with.
 TABLE: dict[tuple[str, int, int, bool], Tile] = {
-    ("forward", 64, 16, False): Tile(128, 64, 8, 4, True),
+    ("forward", 64, 16, False): Tile(64, 64, 4, 3),
     ("forward", 128, 16, False): Tile(64, 64, 4, 3, True),
     ("query", 64, 16, False): Tile(64, 64, 4, 3),
     ("query", 128, 16, False): Tile(64, 64, 4, 2, True),
@@ -202,7 +203,7 @@ def _run(
     )  # fmt: skip
     if not ready.grid[0]:
         return
-    left, right = [how.at(one) for how, one in zip(ready.read, read) if one is not None] or (None, None)
+    left, right = [said.at(one) for said, one in zip(ready.read, read) if one is not None] if ready.read else (None, None)
     ready.launch(
         ready.grid,
         (q, k, v, left, right, lists.offsets, lists.items, lists.order, lists.numbers, *x[3:], *outputs),

@@ -35,8 +35,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import subquad
+from subquad.bench.images import read_image
 from subquad.bench.spectrum import Ranks, Spectrum, ranks, spectrum
-from subquad.models.images import read_image
 from subquad.models.vision import vision_model
 
 MECHANISMS = ("softmax", "linear-elu", "linear-relu", "rala", "mala")

@@ -99,7 +99,7 @@ def swap(
       subquad swap deit_tiny_patch16_224 --pretrained --to rala --to inline --size 224,384 --out runs/deit
     """
     from subquad.bench import choice
-    from subquad.models.images import is_image_model
+    from subquad.bench.images import is_image_model
 
     of_images = is_image_model(model)
     for name in OF_LANGUAGE if of_images else OF_IMAGES:
@@ -111,7 +111,7 @@ def swap(
     report: Any
     if of_images:
         from subquad.bench.image_swap import ImageJob, run_image_job
-        from subquad.models.images import parse_sides
+        from subquad.bench.images import parse_sides
 
         pictures = ImageJob(
             model, chosen, tuple(image or ()), tuple(parse_sides(one.strip()) for one in size.split(",")) if size else (), layers,

@@ -118,6 +118,7 @@ def test_files_import_only_from_lower_floors(path):
         "cli_encoder": 6,
         "cli_needle": 6,
         "cli_simulate": 6,
+        "cli_swap": 6,
         "cli_train": 6,
         "demo": 6,
     }

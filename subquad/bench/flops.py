@@ -149,7 +149,7 @@ def _outermost(model: nn.Module) -> list[Attention]:
 
 def report(name: str, size: str | None = None) -> str:
     """What `subquad flops` prints; at the model's own size if none is given."""
-    from subquad.models.images import load_image_model, own_sides, parse_sides
+    from subquad.bench.images import load_image_model, own_sides, parse_sides
 
     sides = own_sides(name) if size is None else parse_sides(size)
     model, _ = load_image_model(name, sides)

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from subquad.bench import html
+from subquad.bench.images import UNTRAINED
 from subquad.bench.plots import Axis, Dot, Series, dots, lines
 from subquad.bench.report import write_whole
 from subquad.bench.speed import bytes_text
-from subquad.models.images import UNTRAINED
 
 FORMAT = 1
 HEADS = ("mechanism", "size", "M params", "G multiply–adds", "ms/image", "× original", "peak memory", "cosine")

@@ -25,6 +25,7 @@ from subquad.bench.choice import Choice, dtype_of, parse_layers, pick_device
 from subquad.bench.flops import flops
 from subquad.bench.folder import check_new
 from subquad.bench.image_report import At, ImageReport, ImageRow
+from subquad.bench.images import Pair, find_images, load_image_model, own_sides, read_image, weights_words
 from subquad.bench.mechanisms import measure
 from subquad.bench.progress import Advance, bar
 from subquad.bench.speed import parameters
@@ -32,7 +33,6 @@ from subquad.checks import InputError
 from subquad.convert.size import resize
 from subquad.convert.swap import find_host, restore, swap, swapped
 from subquad.files import writing
-from subquad.models.images import Pair, find_images, load_image_model, own_sides, read_image, weights_words
 
 ORIGINAL = "softmax (original)"
 ROUNDS = 3

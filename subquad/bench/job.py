@@ -19,11 +19,11 @@ from subquad import contract
 from subquad.bench import machine, speed
 from subquad.bench.choice import Choice, dtype_of, parse_layers, pick_device
 from subquad.bench.folder import Folder
+from subquad.bench.images import is_image_model
 from subquad.bench.job_rows import SELF, JobRun
 from subquad.bench.report import Report
 from subquad.bench.subjects import Subject, stage_tokens, subjects
 from subquad.checks import InputError
-from subquad.models.images import is_image_model
 
 
 @dataclass(frozen=True)

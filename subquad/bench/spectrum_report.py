@@ -15,13 +15,13 @@ from rich.table import Table
 from subquad.bench import html
 from subquad.bench.choice import parse_choice
 from subquad.bench.folder import check_new
+from subquad.bench.images import UNTRAINED, load_image_model, own_sides, parse_sides, read_image, weights_words
 from subquad.bench.machine import commit, versions
 from subquad.bench.plots import Axis, Series, lines
 from subquad.bench.report import write_whole
 from subquad.bench.spectrum import DEFAULT, LEAST, Ranks, check, spectrum
 from subquad.checks import InputError
 from subquad.files import writing
-from subquad.models.images import UNTRAINED, load_image_model, own_sides, parse_sides, read_image, weights_words
 
 HEADS = ("layer", "mechanism", "buffer", "eff.", "head", "eff.", "heads", "eff.")
 WORDS = "Numerical and effective rank of the key–value buffer, of one head's output and of all heads' outputs side by side."

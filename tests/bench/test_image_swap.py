@@ -12,9 +12,9 @@ from subquad import InputError
 from subquad.bench.choice import Choice
 from subquad.bench.flops import flops
 from subquad.bench.image_swap import ImageJob, cosine, features, run_image_job
+from subquad.bench.images import find_images, is_image_model, load_image_model, own_sides, read_image
 from subquad.cli import app
 from subquad.convert import resize
-from subquad.models.images import find_images, is_image_model, load_image_model, own_sides, read_image
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")

@@ -206,8 +206,17 @@ class Results:
         except Exception as error:  # a table that cannot be made must not cost the runs
             self.report.result["tables"] = []
             print(f"tables: {failure(error)}", file=sys.stderr)
-        self.report.result |= {"runs": self.runs, "notes": NOTES}
+        self.report.result |= {"runs": self.runs, "notes": [*NOTES, *made_at(self.runs)]}
         write_json(self.report.path, self.report.result)
+
+
+def made_at(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence on the commits of the runs, where they are several."""
+    labels: dict[str, list[str]] = {}
+    for run in runs.values():
+        labels.setdefault(str(run.get("commit")), []).append(str(run["label"]))
+    named = "; ".join(f"`{commit}`: {', '.join(dict.fromkeys(some))}" for commit, some in labels.items())
+    return [f"Runs are of several commits. {named}."] if len(labels) > 1 else []
 
 
 NOTES = [

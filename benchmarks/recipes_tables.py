@@ -213,7 +213,8 @@ def _costs(some: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _other(run: dict[str, Any], main: Mapping[str, Any], original: float | None) -> list[str]:
-    differs = ", ".join(f"{key} {value}" for key, value in settings_of(run).items() if main.get(key) != value)
+    found = {key: value for key, value in settings_of(run).items() if main.get(key) != value}
+    differs = ", ".join("other texts to measure on" if key == "held_out" else f"{key} {value}" for key, value in found.items())
     cells = _quality([run], original)
     return [run["label"], str(run["seed"]), differs, *cells[3:6], cells[7]]
 

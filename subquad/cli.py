@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -209,7 +208,9 @@ def _usage(name: str, options: dict[str, Any], card: contract.Card, heads: int, 
 
 
 def _command() -> str:
-    return shlex.join(["subquad", *sys.argv[1:]])
+    from subquad.bench.machine import command
+
+    return command()
 
 
 app.command("swap")(swap)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -43,6 +41,7 @@ def swap_encoder(
 
     from subquad.bench.choice import parse_choice
     from subquad.bench.encoder_job import EncoderJob, run_encoder_job
+    from subquad.bench.machine import command
 
     if objective not in ("output", "weights"):
         raise InputError("--objective", repr(objective), "output or weights")
@@ -50,7 +49,7 @@ def swap_encoder(
         model, tuple(parse_choice("--to", one) for one in to), layers, distill, cast(Objective, objective),
         tuple(str(path) for path in text or ()), held_out, batch, length, lr, seed, device,
     )  # fmt: skip
-    report = run_encoder_job(job, out, command=shlex.join(["subquad", *sys.argv[1:]]), progress=True)
+    report = run_encoder_job(job, out, command=command(), progress=True)
     Console().print(report.table())
     typer.echo(f"Cosines and similarities are of the embeddings of {job.held_out} held-out sentences, against the original's.")
     typer.echo("Nothing was written: name a folder with --out to keep the models." if out is None else f"Report: {out / 'report.json'}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,10 +36,11 @@ def swap(
         ),
     ] = "all",
     distill: Annotated[
-        int | None, typer.Option(min=0, help="Steps of attention transfer for what has new parameters (default: a recipe's own; else 0).")
+        int | None,
+        typer.Option(min=0, help="Steps of attention transfer (default: a recipe's own; else 0); more where recipes have to read alike."),
     ] = None,
     finetune: Annotated[
-        int | None, typer.Option(min=0, help="Steps of low-rank fine-tuning after that (default: a recipe's own; else 0).")
+        int | None, typer.Option(min=0, help="Steps of low-rank fine-tuning after that, likewise (default: a recipe's own; else 0).")
     ] = None,
     tune_original: Annotated[bool, typer.Option("--tune-original", help="Fine-tune the original in the same way, to compare.")] = False,
     text: Annotated[
@@ -100,6 +99,7 @@ def swap(
     """
     from subquad.bench import choice
     from subquad.bench.images import is_image_model
+    from subquad.bench.machine import command
 
     of_images = is_image_model(model)
     for name in OF_LANGUAGE if of_images else OF_IMAGES:
@@ -107,7 +107,7 @@ def swap(
             should = f"without it: {model} is a model for images" if of_images else f"an image model, which {model!r} is not"
             raise InputError(f"--{name.replace('_', '-')}", "given", should)
     chosen = tuple(choice.sweep("--sweep", [choice.parse_choice("--to", one) for one in to or ()], sweep or ()))
-    command = shlex.join(["subquad", *sys.argv[1:]])
+    line = command()
     report: Any
     if of_images:
         from subquad.bench.image_swap import ImageJob, run_image_job
@@ -117,7 +117,7 @@ def swap(
             model, chosen, tuple(image or ()), tuple(parse_sides(one.strip()) for one in size.split(",")) if size else (), layers,
             scope, weights, pretrained, batch or 1, device, dtype, seed,
         )  # fmt: skip
-        report = run_image_job(pictures, out, command=command, progress=True)
+        report = run_image_job(pictures, out, command=line, progress=True)
     else:
         from subquad.bench.job import Job, run_job
 
@@ -127,7 +127,7 @@ def swap(
             window=window, stride=stride, windows=windows, batch=batch, length=length, lr=lr, group=group, prompts=prompts,
             lengths=tuple(choice.integers("--lengths", lengths)), device=device, dtype=dtype, seed=seed,
         )  # fmt: skip
-        report = run_job(job, out, command=command, progress=True)
+        report = run_job(job, out, command=line, progress=True)
     report.print()
     if out is None:
         typer.echo(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +54,7 @@ def vision(
 
       subquad train vision --model vit_tiny_patch16_224 --data cluttered-mnist --mechanism rala --baseline softmax --seeds 3
     """
+    from subquad.bench.machine import command
     from subquad.bench.vision_job import VisionJob, run_job
     from subquad.train.recipe import Recipe
 
@@ -68,7 +67,7 @@ def vision(
         drop_path=drop_path,
     )  # fmt: skip
     try:
-        report = run_job(job, out, command=shlex.join(["subquad", *sys.argv[1:]]), fresh=not resume)
+        report = run_job(job, out, command=command(), fresh=not resume)
     except KeyboardInterrupt:
         kept = "nothing was kept, as there is no --out" if out is None else f"kept in {out}; the same command goes on from there"
         typer.echo(f"subquad: stopped; {kept}", err=True)

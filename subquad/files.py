@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -26,6 +27,16 @@ def writing(argument: str, path: str | Path, should: str = "a folder that can be
         yield
     except REFUSALS as error:
         raise InputError(argument, f"{path} ({reason(error)})", should) from None
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """tokenizer.save_pretrained, which tells of what the system refuses by a plain Exception."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if "os error" in str(error):
+            raise OSError(str(error)) from None
+        raise
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from subquad import InputError
 from subquad.bench.folder import Folder
 from subquad.bench.vision_job import _keep_weights
 from subquad.convert.blockwise import Hidden
-from subquad.files import whole, writing
+from subquad.files import save_tokenizer, whole, writing
 from subquad.models.self_text import self_text
 
 
@@ -25,6 +25,25 @@ def no_room():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_a_tokenizer_says_of_a_full_disk_is_the_systems_word(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = {f"word{i}": i for i in range(2000)}
+    whole_tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "word0"))
+    )
+    with no_room(), pytest.raises(InputError) as error, writing("--out", tmp_path):
+        save_tokenizer(whole_tokenizer, tmp_path)
+    assert error.value.argument == "--out" and "too large" in str(error.value).lower()
+
+    class Broken:
+        def save_pretrained(self, _):
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        save_tokenizer(Broken(), tmp_path)
 
 
 def files(folder):

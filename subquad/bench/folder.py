@@ -11,7 +11,7 @@ from typing import Any
 
 from subquad.bench.report import Row, write_whole
 from subquad.checks import InputError
-from subquad.files import writing
+from subquad.files import save_tokenizer, writing
 
 
 class Folder:
@@ -85,7 +85,7 @@ class Folder:
                     (beside / "README.md").write_text(card, encoding="utf-8")
                 with quiet():
                     model.save_pretrained(beside)
-                    tokenizer.save_pretrained(beside)
+                    save_tokenizer(tokenizer, beside)
                 os.replace(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)  # half a model takes room, and is no use

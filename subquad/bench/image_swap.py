@@ -33,6 +33,7 @@ from subquad.checks import InputError
 from subquad.convert.size import resize
 from subquad.convert.swap import find_host, restore, swap, swapped
 from subquad.files import writing
+from subquad.models.load import one_line
 
 ORIGINAL = "softmax (original)"
 ROUNDS = 3
@@ -114,6 +115,8 @@ def _check(job: ImageJob) -> str:
         raise InputError("--size", ", ".join(f"{rows}x{columns}" for rows, columns in job.sizes), "each size once")
     if job.batch < 1:
         raise InputError("--batch", job.batch, "at least 1")
+    if not -(2**63) <= job.seed < 2**63:
+        raise InputError("--seed", job.seed, "an integer of 64 bits")
     return pick_device(job.device)
 
 
@@ -123,8 +126,14 @@ def _try(job: ImageJob, model: nn.Module, sizes: Sequence[Pair]) -> list[str]:
     Returns layers swapped, of how many.
     """
     find_host(model)
+    first = next(model.parameters())
     for sides in sizes:
-        resize(copy.deepcopy(model), sides)
+        try:
+            features(resize(copy.deepcopy(model), sides), torch.zeros(1, 3, *sides, dtype=first.dtype, device=first.device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError("--size", f"{sides[0]} × {sides[1]}", f"images that {job.model} takes ({one_line(error)})") from None
     found = []
     for choice in job.to:
         job.put(model, choice)
@@ -151,7 +160,13 @@ def cosine(found: Tensor, original: Tensor) -> float | None:
 
 def _measure(job: ImageJob, rows: Sequence[ImageRow], model: nn.Module, pixels: Tensor, sides: Pair, advance: Advance) -> None:
     """Add to each row what is measured at one size. The rows are timed in turn, several times: a busy moment shall not hit one alone."""
-    batch, original = pixels.repeat(-(-job.batch // len(pixels)), 1, 1, 1)[: job.batch], features(model, pixels)
+    too_large = InputError("--size", f"{sides[0]} × {sides[1]} in batches of {job.batch}", "what fits into memory")
+    try:
+        batch, original = pixels.repeat(-(-job.batch // len(pixels)), 1, 1, 1)[: job.batch], features(model, pixels)
+    except (MemoryError, RuntimeError) as error:  # as a CPU's allocator says it
+        if "memory" in str(error):
+            raise too_large from None
+        raise
 
     @torch.no_grad()
     def forward() -> None:
@@ -169,7 +184,7 @@ def _measure(job: ImageJob, rows: Sequence[ImageRow], model: nn.Module, pixels: 
                     peak, adds = machine.peak_bytes(forward, pixels.device), flops(model, sides).total
                     row.at.append(At(sides, parameters(model), spent, peak, adds, cosine(features(model, pixels), original)))
             except (torch.OutOfMemoryError, MemoryError):
-                raise InputError("--size", f"{sides[0]} × {sides[1]} in batches of {job.batch}", "what fits into memory") from None
+                raise too_large from None
             finally:
                 if choice is not None:
                     restore(model)

@@ -39,7 +39,10 @@ def own_sides(name: str) -> Pair:
     """Rows and columns of the images that a model is for, 224 where nothing says so."""
     if Path(name).is_dir():
         side = _config(Path(name)).get("image_size", 224)
-        return (side[0], side[1]) if isinstance(side, list) else (side, side)
+        sides = side if isinstance(side, list) else [side, side]
+        if len(sides) != 2 or not all(type(one) is int and one > 0 for one in sides):
+            raise InputError("model", f"{name}, whose config.json has image_size {side!r}", "an integer of at least 1, or two")
+        return sides[0], sides[1]
     try:
         from timm.models import get_pretrained_cfg
     except ImportError:
@@ -127,7 +130,11 @@ def _folder(path: Path) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     if missing:
         raise InputError("model", f"{path} without weights for {missing[0]} ({len(missing)} missing)", "weights for every parameter")
     said = _read_json(path / "preprocessor_config.json")
-    mean, deviation = (torch.tensor(said.get(key, [0.5] * 3)).view(-1, 1, 1) for key in ("image_mean", "image_std"))
+    for key in ("image_mean", "image_std"):
+        numbers = said.setdefault(key, [0.5] * 3)
+        if not (isinstance(numbers, list) and len(numbers) == 3 and all(type(one) in (int, float) for one in numbers)):
+            raise InputError("model", f"{path}, whose preprocessor_config.json has {key} {numbers!r}", "three numbers, one a channel")
+    mean, deviation = (torch.tensor(said[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     return model.eval(), (mean, deviation)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,11 @@ import torch
 from subquad._version import __version__
 
 _PACKAGES = ("torch", "transformers", "timm", "triton")
+
+
+def command() -> str:
+    """The command line of this process, as one would type it."""
+    return shlex.join(["subquad", *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -131,7 +131,8 @@ def distill_in_groups(
             if not some:  # what it makes of the states is needed all the same
                 assert target is not None
                 if not _finished(keeper, steps):  # otherwise a later group may have read them, and what they were made of is gone
-                    keeper.save(Checkpoint(0, {}, 0.0))  # marks the folder as this run's
+                    if keeper.load() is None:
+                        keeper.save(Checkpoint(0, {}, 0.0))  # marks the folder as this run's
                     for step in range(steps):
                         if not target.path(step).exists():
                             _run(body, start(step), device)

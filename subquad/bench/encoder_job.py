@@ -23,7 +23,7 @@ from rich.table import Table
 
 from subquad import contract
 from subquad.bench import machine
-from subquad.bench.choice import Choice, parse_layers, pick_device
+from subquad.bench.choice import Choice, check_choices, parse_layers, pick_device
 from subquad.bench.embeddings import Fidelity, embed, fidelity, tokenized
 from subquad.bench.folder import Folder
 from subquad.bench.report import write_whole
@@ -154,10 +154,7 @@ def run_encoder_job(job: EncoderJob, out: str | Path | None = None, *, command: 
 
 
 def _check(job: EncoderJob) -> str:
-    if not job.to:
-        raise InputError("--to", "nothing", "at least one mechanism")
-    if len({choice.resolved for choice in job.to}) < len(job.to):
-        raise InputError("--to", ", ".join(choice.label for choice in job.to), "each mechanism once")
+    check_choices(job.to)
     for choice in job.to:
         if not contract.card(choice.name).bidirectional:
             both = ", ".join(name for name, card in contract.mechanisms().items() if card.bidirectional and not card.needs_grid)

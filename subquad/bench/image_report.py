@@ -14,7 +14,7 @@ from rich.table import Table
 from subquad.bench import html
 from subquad.bench.images import UNTRAINED
 from subquad.bench.plots import Axis, Dot, Series, dots, lines
-from subquad.bench.report import write_whole
+from subquad.bench.report import save_report
 from subquad.bench.speed import bytes_text
 
 FORMAT = 1
@@ -95,10 +95,7 @@ class ImageReport:
 
     def save(self, folder: str | Path) -> None:
         """Write `report.html`, then `report.json`, each whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "report.html", page(self))
-        write_whole(folder / "report.json", self.to_json())
+        save_report(folder, page(self), self.to_json())
 
 
 def page(report: ImageReport) -> str:

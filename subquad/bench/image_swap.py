@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subquad.bench import machine
-from subquad.bench.choice import Choice, dtype_of, parse_layers, pick_device
+from subquad.bench.choice import Choice, check_choices, dtype_of, parse_layers, pick_device
 from subquad.bench.flops import flops
 from subquad.bench.folder import check_new
 from subquad.bench.image_report import At, ImageReport, ImageRow
@@ -104,10 +104,7 @@ def run_image_job(job: ImageJob, out: Path | None = None, *, command: str = "", 
 
 def _check(job: ImageJob) -> str:
     """Everything that can be known to be wrong before anything heavy is done; returns the device."""
-    if not job.to:
-        raise InputError("--to", "nothing", "at least one mechanism")
-    if len({choice.resolved for choice in job.to}) < len(job.to):
-        raise InputError("--to", ", ".join(choice.label for choice in job.to), "each mechanism once")
+    check_choices(job.to)
     if job.layers.strip().startswith("auto"):
         raise InputError("--layers", repr(job.layers), "all, a ratio such as 3:1, or indices: layers of image models are not compared here")
     parse_layers(job.layers)

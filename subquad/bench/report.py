@@ -222,11 +222,8 @@ class Report:
         """Write `report.html`, then `report.json`, each whole or not at all; returns the folder."""
         from subquad.bench.html import report_page
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "report.html", report_page(self))
-        write_whole(folder / "report.json", self.to_json())
-        return folder
+        save_report(folder, report_page(self), self.to_json())
+        return Path(folder)
 
     # ---- in the terminal -------------------------------------------------------------------------------------------
 
@@ -292,6 +289,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_report(folder: str | Path, html: str, content: str) -> None:
+    """Write `report.html`, then `report.json`, each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "report.html", html)
+    write_whole(folder / "report.json", content)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -305,4 +305,4 @@ def _launcher(
         num_stages=1 if rank > 16 else tile.stages,  # factors of higher rank leave no room for more
     )  # fmt: skip
     described = tile.described and aligned and not tiles.grid
-    return launch, (tile.q if kernel == "key" else tile.k) if described else 0
+    return launch, (tiles.q if kernel == "key" else tiles.k) if described else 0

@@ -262,7 +262,7 @@ def first_call(name: str, device: str) -> float:
 
 
 def first(bench: Bench) -> dict[str, float]:
-    """Each form's first call in a process and with a kernel cache of its own; on CUDA three side by side."""
+    """Each form's first call in a process and with a kernel cache of its own, one after another, as the compiler takes all cores."""
     add = bench.table("First forward and backward on a cold cache", "form", "s")
 
     def one(name: str) -> float:
@@ -273,8 +273,7 @@ def first(bench: Bench) -> dict[str, float]:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
         return float(done.stdout.split()[-1])
 
-    with ThreadPoolExecutor(3 if bench.cuda else 1) as pool:
-        found = dict(zip(FORMS, pool.map(one, FORMS)))
+    found = {name: one(name) for name in FORMS}
     for name, seconds in found.items():
         add(name, f"{seconds:.1f}")
     return found

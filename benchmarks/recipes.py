@@ -31,7 +31,7 @@ from typing import Any
 import recipes_text
 import torch
 from common import RESULTS, ROOT, Report, failure, slug, write_json
-from recipes_pool import Pool
+from recipes_pool import Place, Pool
 from recipes_tables import ORIGINAL, stages_of, tables
 from recipes_worker import RECALL
 
@@ -57,6 +57,7 @@ class Job:
         recipe: its name, or "original" for the model with its own attention.
         layers: as `--layers` of the command line takes them.
         options: of the mechanism, instead of the recipe's.
+        stages: arguments of a stage instead of the recipe's.
         cost: about how long it takes beside the others; the longest begin first.
     """
 
@@ -65,6 +66,7 @@ class Job:
     seed: int = 0
     layers: str = "all"
     options: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     trained: bool = True
     cost: float = 1.0
 
@@ -103,7 +105,8 @@ def jobs(labels: tuple[str, ...] | None, seeds_for: tuple[str, ...]) -> list[Job
 def plan_of(given: Any, train: torch.Tensor) -> dict[str, Any]:
     """What all trained runs share."""
     keys = ("model", "dtype", "tokens", "length", "batch", "micro", "share", "tune_lr", "transfer_lr", "loss")
-    names = [*given.text, *([f"{given.self_tokens} of its own"] if given.self_tokens else [])]
+    names = [*given.text, *([f"{given.recall_tokens} to recall"] if given.recall_tokens else [])]
+    names += [f"{given.self_tokens} of its own"] if given.self_tokens else []
     text = f"{' + '.join(names)} ({digest(train.numpy().tobytes())})"
     return {**{key: getattr(given, key) for key in keys}, "text": text}
 
@@ -114,6 +117,7 @@ def recipe_tasks(given: Any, plan: dict[str, Any], held: str) -> list[dict[str, 
     made = []
     for job in jobs(given.recipes, given.seeds_for):
         stages = stages_of(job.recipe, plan) if job.trained else {}
+        stages = {name: {**stage, **job.stages.get(name, {})} for name, stage in stages.items()}
         task = {"kind": "recipe", "label": job.label, "seed": job.seed, **mechanism_of(job.recipe, job.options), "layers": job.layers}
         made.append({**task, "stages": stages, "plan": plan if job.trained else None, "measured": measured, "cost": job.cost})
     return made
@@ -182,6 +186,7 @@ class Results:
 
     def __init__(self, given: Any) -> None:
         title = f"Linearization recipes on {given.model}, side by side"
+        self.at_once = given.at_once
         self.report = Report("recipes", title, given.device, given.out / f"recipes-{slug(given.device)}.json")
         self.runs: dict[str, dict[str, Any]] = {}
         for path in (self.report.path, *given.add):
@@ -194,7 +199,7 @@ class Results:
     def keep(self, task: dict[str, Any], record: dict[str, Any]) -> None:
         """A task's record in place of the one before, written at once."""
         left = {name: value for name, value in task.items() if name not in ("cost", "data")}
-        stamp = {name: self.report.result[name] for name in ("commit", "date")}
+        stamp = {**{name: self.report.result[name] for name in ("commit", "date")}, "at_once": self.at_once}
         self.runs[key_of(task)] = {**left, **stamp, **record}
         if record.get("done"):
             print(f"{task['label']}: {summary(record)}", flush=True)
@@ -206,7 +211,7 @@ class Results:
         except Exception as error:  # a table that cannot be made must not cost the runs
             self.report.result["tables"] = []
             print(f"tables: {failure(error)}", file=sys.stderr)
-        self.report.result |= {"runs": self.runs, "notes": [*NOTES, *made_at(self.runs)]}
+        self.report.result |= {"runs": self.runs, "notes": [*NOTES, *side_by_side(self.runs), *made_at(self.runs)]}
         write_json(self.report.path, self.report.result)
 
 
@@ -217,6 +222,12 @@ def made_at(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
         labels.setdefault(str(run.get("commit")), []).append(str(run["label"]))
     named = "; ".join(f"`{commit}`: {', '.join(dict.fromkeys(some))}" for commit, some in labels.items())
     return [f"Runs are of several commits. {named}."] if len(labels) > 1 else []
+
+
+def side_by_side(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence on what shared a GPU while it was taught."""
+    most = max((run.get("at_once", 1) for run in runs.values() if run["kind"] == "recipe"), default=1)
+    return [f"Up to {most} runs shared a GPU: seconds and tokens a second are those of runs side by side."] if most > 1 else []
 
 
 NOTES = [
@@ -280,6 +291,10 @@ def arguments() -> argparse.Namespace:
     add("--transfer-lr", type=float)
     add("--loss", choices=("kl", "next-token"), help="of fine-tuning (default: the recipe's)")
     add("--text", type=words, default=recipes_text.default_text(), help="of book, shakespeare (default: those that are installed)")
+    add("--recall-tokens", type=int, default=0, help="train on so many tokens, too, of documents with numbers to recall")
+    add(
+        "--at-once", type=int, default=1, metavar="N", help="runs side by side on a GPU, which a small model alone leaves idle (default: 1)"
+    )
     add("--self-tokens", type=int, default=0, help="train on so many tokens, too, that the model writes itself")
     add("--other-text", type=Path, help="a file to measure on (default: the GPL that a package carries)")
     add("--windows", type=int, default=32, help="held out at the end of the book, and of the other text at most")
@@ -299,18 +314,20 @@ def arguments() -> argparse.Namespace:
         if unknown := [word for word in getattr(given, name) if word not in known]:
             parser.error(f"--{name} {unknown[0]}: there are {', '.join(known)}")
     given.tokens, given.passkey_tokens, given.micro = int(given.tokens), int(given.passkey_tokens), given.micro or given.batch
+    if given.at_once < 1:
+        parser.error(f"--at-once {given.at_once}: a positive integer")
     given.dtype = given.dtype or ("bfloat16" if cuda else "float32")
     if given.batch % given.micro:
         parser.error(f"--micro {given.micro}: a divisor of --batch {given.batch}")
     return given
 
 
-def places(device: str) -> list[str | None]:
-    """The GPUs there are, as CUDA_VISIBLE_DEVICES names them; None is the CPU."""
+def places(device: str, each: int) -> list[Place]:
+    """`each` on every GPU there is, as CUDA_VISIBLE_DEVICES names them, or on the CPU."""
     if device == "cpu":
-        return [None]
-    visible = words(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    return list(visible or map(str, range(torch.cuda.device_count())))
+        return [Place(None, number) for number in range(each)]
+    visible = words(os.environ.get("CUDA_VISIBLE_DEVICES", "")) or tuple(map(str, range(torch.cuda.device_count())))
+    return [Place(gpu, number) for number in range(each) for gpu in visible]
 
 
 def main() -> int:
@@ -323,7 +340,7 @@ def main() -> int:
     began = time.monotonic()
     limit = given.seconds if given.seconds is not None else 440 if given.device == "cuda" else 10**9
     results = Results(given)
-    pool = Pool(places(given.device), given, began + limit)
+    pool = Pool(places(given.device, given.at_once), given, began + limit)
     with tempfile.TemporaryDirectory() as folder:
         try:
             left = carried_out(given, results, pool, Path(folder))
@@ -350,6 +367,9 @@ def carried_out(given: Any, results: Results, pool: Pool, folder: Path) -> int:
     other = encode(text, tokenizer) if text else train[:0]
     if not text:
         print("no package here carries the GPL: --other-text FILE measures on a text of yours; left out", flush=True)
+    if given.recall_tokens:
+        pages = recipes_text.tokens_of(("book",), tokenizer, given.windows * given.length)[0]
+        train = torch.cat([train, recipes_text.recall_text(tokenizer, pages, given.recall_tokens)])
     if given.self_tokens:
         train = torch.cat([train, own_text(given, pool, folder)])
     print(
@@ -373,8 +393,9 @@ def carried_out(given: Any, results: Results, pool: Pool, folder: Path) -> int:
 
 
 def own_text(given: Any, pool: Pool, folder: Path) -> torch.Tensor:
-    """Text that the model writes, a part on each GPU."""
-    count, batch = len(pool.places), 128 if given.device == "cuda" else 8
+    """Text that the model writes, a part at each place."""
+    count = len(pool.places)
+    batch = min(512 if given.device == "cuda" else 8, -(-given.self_tokens // (count * given.length)))
     shared = {
         "kind": "write",
         "label": "text",

@@ -1,4 +1,4 @@
-"""The processes of `recipes.py`, one for each GPU, and the queue that they take their tasks from."""
+"""The processes of `recipes.py`, one or more for each GPU, and the queue that they take their tasks from."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Place(NamedTuple):
+    """A GPU, or None for the CPU, and which of the processes on it."""
+
+    gpu: str | None
+    number: int
 
 
 class Worker:
     """A process with one GPU, or the CPU."""
 
-    def __init__(self, place: str | None, given: Any, say: Callable[[str], None]) -> None:
-        env = {**os.environ, **({} if place is None else {"CUDA_VISIBLE_DEVICES": place})}
+    def __init__(self, place: Place, given: Any, say: Callable[[str], None]) -> None:
+        env = {**os.environ, **({} if place.gpu is None else {"CUDA_VISIBLE_DEVICES": place.gpu})}
         command = [sys.executable, str(Path(__file__).with_name("recipes_worker.py")), given.model, given.dtype, given.device]
         self.process = subprocess.Popen(
             command, env=env, text=True, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        self.name, self.say, self.label = f"gpu {place}" if place is not None else given.device, say, ""
+        self.name, self.say, self.label = f"gpu {place.gpu}" if place.gpu is not None else given.device, say, ""
         self.last: collections.deque[str] = collections.deque(maxlen=40)
         self.reader = threading.Thread(target=self._read_errors, daemon=True)
         self.reader.start()
@@ -62,9 +69,9 @@ class Worker:
 
 
 class Pool:
-    """A worker for each GPU; each takes the next task until there is none, or no more time."""
+    """A worker for each place; each takes the next task until there is none, or no more time."""
 
-    def __init__(self, places: list[str | None], given: Any, deadline: float) -> None:
+    def __init__(self, places: list[Place], given: Any, deadline: float) -> None:
         self.places, self.given, self.deadline = places, given, deadline
         self.lock, self.workers = threading.Lock(), dict[Any, Worker]()
 
@@ -82,7 +89,7 @@ class Pool:
             thread.join()
         return len(queue)
 
-    def _serve(self, place: str | None, queue: collections.deque[dict[str, Any]], keep: Callable[..., None]) -> None:
+    def _serve(self, place: Place, queue: collections.deque[dict[str, Any]], keep: Callable[..., None]) -> None:
         while time.monotonic() < self.deadline:
             with self.lock:
                 if not queue:

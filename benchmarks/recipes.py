@@ -394,13 +394,13 @@ def carried_out(given: Any, results: Results, pool: Pool, folder: Path) -> int:
 
 def own_text(given: Any, pool: Pool, folder: Path) -> torch.Tensor:
     """Text that the model writes, a part at each place."""
-    count = len(pool.places)
-    batch = min(512 if given.device == "cuda" else 8, -(-given.self_tokens // (count * given.length)))
+    count, length = len(pool.places), min(given.length, 512)  # half of the steps, each for twice as many sequences
+    batch = min(1024 if given.device == "cuda" else 8, -(-given.self_tokens // (count * length)))
     shared = {
         "kind": "write",
         "label": "text",
         "tokens": -(-given.self_tokens // count),
-        "length": given.length,
+        "length": length,
         "batch": batch,
         "cost": 1.0,
     }

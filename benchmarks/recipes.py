@@ -38,7 +38,7 @@ from recipes_worker import RECALL
 from subquad.checks import InputError
 
 SECTIONS = ("recipes", "speed", "passkey", "memory")
-PASSKEYS = ("lawcat", "lolcats", "liger")
+PASSKEYS = ("lawcat", "lolcats-sinks", "liger", "sliding-window")
 BARS = {"transfer": 12, "blockwise": 16}  # GiB wanted at most
 LARGE = {  # the sizes of Llama 3.2 1B
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -142,7 +142,7 @@ def speed_tasks(given: Any) -> list[dict[str, Any]]:
 
 def passkey_tasks(given: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
     shared = {"kind": "passkey", "layers": "all", "seed": 0, "plan": plan, "answers": given.passkey_loss == "answer"}
-    shared |= {"lengths": list(given.passkey_lengths), "prompts": given.passkey_prompts}
+    shared |= {"lengths": list(given.passkey_lengths), "prompts": given.passkey_prompts, "distances": list(given.distances)}
     made = [{**shared, "label": ORIGINAL, **mechanism_of(ORIGINAL), "stages": {}, "plan": None, "cost": 0.2}]
     for name in given.passkey_for:
         made.append({**shared, "label": name, **mechanism_of(name), "stages": stages_of(name, plan), "cost": 2.5})
@@ -301,7 +301,7 @@ def arguments() -> argparse.Namespace:
     add("--prompts", type=int, default=64, help="of recall, at each distance")
     add("--distances", type=numbers, default=RECALL)
     add("--speed-for", type=words, default=("lolcats",), help="recipes to time beside the original")
-    add("--passkey-for", type=words, default=PASSKEYS, help="recipes to train on passkeys")
+    add("--passkey-for", type=words, default=PASSKEYS, help="recipes to train on passkeys and codes")
     add("--passkey-tokens", type=float, default=2e6)
     add("--passkey-loss", choices=("all", "answer"), default="all")
     add("--passkey-lengths", type=numbers, default=(1024, 2048, 4096, 8192))

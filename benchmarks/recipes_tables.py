@@ -263,9 +263,11 @@ def passkey_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         plan = run["plan"] or {}
         settings = [f"{key} {plan[key]}" for key in ("share", "tune_lr", "transfer_lr", "loss") if plan.get(key) is not None]
         settings += ["loss of the answers"] if plan and run["answers"] else []
-        rows.append([run["label"], ", ".join(settings) or DASH, f"{tokens / 1e6:.3g} M" if tokens else DASH, *cells])
-    columns = ["recipe", "settings", "tokens taught", *(f"{n:,}" for n in lengths)]
-    return {"title": "Passkeys written in full", "columns": columns, "rows": rows}
+        recall = _recall([run], "exact") if run.get("recall") else DASH
+        rows.append([run["label"], ", ".join(settings) or DASH, f"{tokens / 1e6:.3g} M" if tokens else DASH, recall, *cells])
+    distances = ", ".join(str(one["distance"]) for one in next((run["recall"] for run in found if run.get("recall")), []))
+    columns = ["recipe", "settings", "tokens taught", f"codes {distances} tokens back", *(f"passkeys, {n:,}" for n in lengths)]
+    return {"title": "Taught on prompts: numbers written in full", "columns": columns, "rows": rows}
 
 
 def memory_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -221,8 +221,9 @@ def many(model: Any, tokens: Tensor, context: int, sequences: int, decoded: int)
 # ---- passkey ----------------------------------------------------------------------------------------------------------
 
 
-class Passkeys(Sequence[dict[str, Tensor]]):
-    """Batches in which half of the sequences begin with a passkey prompt and its answer; all else is text.
+class Questions(Sequence[dict[str, Tensor]]):
+    """Batches in which half of the sequences begin with a prompt and its answer; all else is text. Every other prompt hides a passkey,
+    and every other asks for one of four codes.
 
     Args:
         tokens: ``[T]`` to take the text from.
@@ -243,22 +244,31 @@ class Passkeys(Sequence[dict[str, Tensor]]):
         return {"input_ids": ids, **({"labels": labels} if self.answers else {})}
 
     def _row(self, index: int) -> tuple[Tensor, Tensor]:
-        from subquad.bench.needle import hidden_prompt
-
         pick = random.Random(f"{self.seed}/{index}")
         start = pick.randrange(self.tokens.numel() - self.length + 1)
         text = self.tokens[start : start + self.length]
         if index % 2 and not self.answers:
             return text, text
-        room = self.length - 16  # for the answer
-        prompt = hidden_prompt(
-            "passkey", pick.randint(min(256, room), room), pick.random(), index=index, seed=self.seed + 1000, count=self._count
-        )
-        asked, whole = self._ids(prompt.text), self._ids(f"{prompt.text} {prompt.answer}.")
+        prompt, answer = self._prompt(index, pick)
+        asked, whole = self._ids(prompt), self._ids(f"{prompt} {answer}.")
         ids = torch.cat([torch.tensor(whole), text])[: self.length]
         labels = torch.full_like(ids, -100)
         labels[len(asked) : len(whole)] = ids[len(asked) : len(whole)]
         return ids, labels
+
+    def _prompt(self, index: int, pick: random.Random) -> tuple[str, str]:
+        """A prompt that fits, and its answer; of other seeds than those that are measured with."""
+        from subquad.bench.needle import hidden_prompt
+        from subquad.bench.quality import recall_prompts
+
+        room = self.length - 16  # for the answer
+        if index // (1 if self.answers else 2) % 2:
+            most = room - 128  # tokens of the codes, the question, and a last sentence of what stands between
+            code = recall_prompts(1, distance=pick.randint(min(32, most), most), seed=pick.randrange(1, 2**31), count=self._count)[0]
+            return code.text, code.answer
+        length = pick.randint(min(256, room), room)
+        found = hidden_prompt("passkey", length, pick.random(), index=index, seed=self.seed + 1000, count=self._count)
+        return found.text, found.answer
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -268,7 +278,7 @@ class Passkeys(Sequence[dict[str, Tensor]]):
 
 
 def passkey(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """A recipe on text with passkeys in it, asked for passkeys in longer and longer text."""
+    """A recipe on text with questions in it, asked for codes, and for passkeys in longer and longer text."""
     from subquad.bench.needle import retrieval
     from subquad.convert.lora import merge_lora
 
@@ -277,11 +287,12 @@ def passkey(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
     for number, (name, stage) in enumerate(task["stages"].items()):
         count, answers = stage["steps"] * stage.get("accumulate", 1), name == "finetune" and task["answers"]
         seed = 10 * task["seed"] + number
-        batches = Passkeys(bench.tokenizer, data, count, stage["batch"], stage["length"], seed, answers)
+        batches = Questions(bench.tokenizer, data, count, stage["batch"], stage["length"], seed, answers)
         record["stages"][name] = taught(bench, model, name, stage, batches, task["seed"])
         if name == "finetune":
             merge_lora(model)
         tell(record)
+    record["recall"] = recalled(bench, model, {"prompts": 4 * task["prompts"], "distances": task["distances"]})
     for length in task["lengths"]:
         found = retrieval(model, bench.tokenizer, tasks=("passkey",), lengths=(length,), prompts=task["prompts"])
         record["cells"] += [asdict(cell) for cell in found.cells]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import multiprocessing
 import statistics
 import sys
@@ -207,21 +208,36 @@ def rows(runs: list[dict[str, Any]], times: dict[str, float], task: Task) -> lis
     return [row for _, row in sorted(made, key=lambda pair: -pair[0])]
 
 
-def train_all(report: Report, plan: Plan, device: str, workers: int, deadline: float) -> list[dict[str, Any]]:
-    """All runs, several side by side; the result file is written anew after each."""
-    tasks = [(plan, mechanism, seed, device) for seed in range(plan.seeds) for mechanism in MECHANISMS]
-    done: list[dict[str, Any]] = []
+def kept(path: Path, report: Report, plan: Plan) -> list[dict[str, Any]]:
+    """The finished runs of an earlier result of this plan, whose seeds may be fewer."""
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for name, theirs, ours in (
+        ("device", earlier["device"], report.result["device"]),
+        *((name, earlier["plan"].get(name, value), value) for name, value in vars(plan).items() if name != "seeds"),
+    ):
+        if theirs != ours:
+            raise SystemExit(f"vision_experiment: --add {path}: {name} {theirs!r} there, {ours!r} here")
+    return [{"commit": earlier["commit"], **run} for run in earlier["training"] if "error" not in run and run["seed"] < plan.seeds]
+
+
+def train_all(
+    report: Report, plan: Plan, device: str, workers: int, deadline: float, done: list[dict[str, Any]]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """All runs that are not done, several side by side; the result file is written anew after each."""
+    there = {(run["mechanism"], run["seed"]) for run in done}
+    tasks = [(plan, name, seed, device) for seed in range(plan.seeds) for name in MECHANISMS if (name, seed) not in there]
+    total = len(done) + len(tasks)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:  # leaving it ends what still runs
         coming = pool.imap_unordered(run_one, tasks)
-        while len(done) < len(tasks):
+        while len(done) < total:
             try:
-                done.append(coming.next(timeout=max(0.1, deadline - time.monotonic())))
+                done.append(coming.next(timeout=max(0.1, deadline - time.monotonic())) | {"commit": report.result["commit"]})
             except multiprocessing.TimeoutError:
-                print(f"{len(tasks) - len(done)} of {len(tasks)} runs had no time", flush=True)
+                print(f"{total - len(done)} of {total} runs had no time", flush=True)
                 break
             last = done[-1]
             words = last.get("error") or f"{next(iter(last['accuracy'].values())):.2%} in {last['seconds']:.0f} s"
-            print(f"{len(done)}/{len(tasks)} {last['mechanism']}, seed {last['seed']}: {words}", flush=True)
+            print(f"{len(done)}/{total} {last['mechanism']}, seed {last['seed']}: {words}", flush=True)
             fill(report, plan, done)
     return sorted(done, key=lambda run: (run["seed"], MECHANISMS.index(run["mechanism"])))
 
@@ -246,6 +262,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny: to see that it works")
     parser.add_argument("--epochs", type=int, help=f"default {FULL.epochs}")
     parser.add_argument("--seeds", type=int, help=f"default {FULL.seeds}")
+    parser.add_argument(
+        "--add", type=Path, metavar="RESULT", help="keep the runs of this result of the same plan, and make those that it lacks"
+    )
+    parser.add_argument("--no-speed", action="store_true", help="leave out the time of a step, where something else uses the device")
     parser.add_argument("--workers", type=int, help="processes side by side (default: nine on cuda, one on cpu)")
     parser.add_argument("--seconds", type=float, default=None, help="stop after so long (default: 190 on cuda, no limit on cpu)")
     given = parser.parse_args()
@@ -269,8 +289,9 @@ def main() -> int:
         given.device,
         (given.out or (ROOT / "runs" if given.quick else RESULTS)) / name,
     )
+    done = [] if given.add is None else kept(given.add, report, plan)
     task = plan.task
-    report.result["plan"] = {**vars(plan), "side": task.side, "tests": list(task.tests), "mechanisms": list(MECHANISMS)}
+    report.result["plan"] = {**vars(plan), "side": task.side, "tested_on": list(task.tests), "mechanisms": list(MECHANISMS)}
     report.result["notes"] = [
         "One backbone (a small ViT), one recipe, the same batches and first weights for a seed; only the mechanism differs. "
         + ("Canvases as in training, without clutter, and with twice as much. " if plan.data == "cluttered" else "")
@@ -278,9 +299,14 @@ def main() -> int:
         "Effective rank: of attention's output in the trained model, all heads side by side, mean over layers and images held out.",
         "A step's time is that of each mechanism alone on the device; training seconds are those of runs side by side, which share it.",
     ]
-    report.fenced("speed", lambda _: speed(plan, given.device), seconds=60 if cuda else 600)
+    if commits := sorted({run["commit"] for run in done} - {report.result["commit"]}):
+        report.result["notes"].append(f"Of the runs, {len(done)} are of an earlier commit: {', '.join(f'`{one}`' for one in commits)}.")
+    if given.add is not None and "speed" in (earlier := json.loads(given.add.read_text(encoding="utf-8"))):
+        report.result["speed"] = earlier["speed"]
+    elif not given.no_speed:
+        report.fenced("speed", lambda _: speed(plan, given.device), seconds=60 if cuda else 600)
     workers = given.workers or (len(MECHANISMS) if cuda else 1)
-    report.fenced("training", lambda r: train_all(r, plan, given.device, workers, deadline), seconds=10**6)
+    report.fenced("training", lambda r: train_all(r, plan, given.device, workers, deadline, done), seconds=10**6)
     runs = report.result["training"]
     if isinstance(runs, dict):
         print(f"vision_experiment: {runs['error']}", file=sys.stderr)

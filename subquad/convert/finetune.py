@@ -152,6 +152,9 @@ def finetune(
                 bar.advance(run)
                 if keeper is not None and (run.step % save_every == 0 or run.step == steps):
                     engine.save(run)
+            for name, p in live.items():
+                if ".lora_" in name:  # as they were learnt, so that merging rounds once
+                    p.data = run.parameters[name].detach()
     count = sum(p.numel() for p in run.parameters.values())
     return FinetuneResult(run.step, [row[0] for row in run.history], run.tokens, run.elapsed, count, run.resumed_from)
 

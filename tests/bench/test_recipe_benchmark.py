@@ -150,19 +150,25 @@ def test_a_conversion_is_measured_at_every_point(parts, tokenizer, tmp_path):
         assert worker.nats(model, bench.tokens(task["data"]), measured)["book"] == pytest.approx(expected["book"], abs=1e-5)
 
 
-def test_passkeys_are_in_half_of_the_sequences(parts, tokenizer):
+def test_prompts_are_in_half_of_the_sequences(parts, tokenizer):
     tokens = torch.full((2000,), 7)
-    shape = {"tokenizer": tokenizer, "tokens": tokens, "count": 3, "batch": 4, "length": 600, "seed": 1}
-    mixed, asked = (parts._worker.Passkeys(**shape, answers=answers)[2] for answers in (False, True))
-    assert mixed["input_ids"].shape == asked["labels"].shape == (4, 600) and "labels" not in mixed
+    shape = {"tokenizer": tokenizer, "tokens": tokens, "count": 3, "batch": 4, "length": 700, "seed": 1}
+    mixed, asked = (parts._worker.Questions(**shape, answers=answers)[2] for answers in (False, True))
+    assert mixed["input_ids"].shape == asked["labels"].shape == (4, 700) and "labels" not in mixed
     assert [bool((row == 7).all()) for row in mixed["input_ids"]] == [False, True, False, True]
-    for ids, labels in zip(asked["input_ids"], asked["labels"]):
-        where = (labels != -100).nonzero().flatten()
-        answer = tokenizer.decode(labels[where])
-        assert answer[0] == " " and answer[1:6].isdigit() and answer[6:] == "." and len(where) == 7
+    kinds = ["pass key is", "code of"]
+    assert [[word in tokenizer.decode(row) for word in kinds] for row in mixed["input_ids"][::2]] == [[True, False], [False, True]]
+    for number, (ids, labels) in enumerate(zip(asked["input_ids"], asked["labels"])):
+        where, text = (labels != -100).nonzero().flatten(), tokenizer.decode(ids)
+        answer, digits = tokenizer.decode(labels[where]), 4 if number % 2 else 5
+        assert answer[0] == " " and answer[1:-1].isdigit() and answer[-1] == "." and len(where) == len(answer) == digits + 2
         assert torch.equal(ids[where], labels[where])
-        assert f"The pass key is {answer[1:6]}. Remember it." in tokenizer.decode(ids)
-    again = parts._worker.Passkeys(**shape, answers=True)[2]
+        if number % 2:
+            name = re.search(r"The code of (\w+) is" + re.escape(answer), text[400:])[1]  # the question's
+            assert f"The code of {name} is{answer}" in text[:200]
+        else:
+            assert f"The pass key is {answer[1:-1]}. Remember it." in text
+    again = parts._worker.Questions(**shape, answers=True)[2]
     assert torch.equal(again["input_ids"], asked["input_ids"])
 
 

@@ -348,3 +348,22 @@ def test_a_mechanism_without_parameters_is_tuned_too(model, tokens):
     student = swap(model, "sliding-window", window=4)
     result = subquad.finetune(student, [tokens[None, :32]], steps=30, lr=1e-2, train_mechanism=True, progress=False)
     assert result.losses[-1] < 0.8 * result.losses[0] and len(swapped(student)) == 3
+
+
+def test_adapters_compute_in_16_bits_and_learn_in_32(model, tokens):
+    half = copy.deepcopy(model).bfloat16()
+    seen = []
+
+    def look(module, *_):
+        layers = [layer.lora_B["default"].weight for layer in adapters(half).values()]
+        seen.append(({x.dtype for x in layers}, torch.cat([x.detach().flatten() for x in layers]).float()))
+
+    handle = half.register_forward_pre_hook(look)
+    tune(half, tokens, steps=3, lr=1e-5)
+    handle.remove()
+    assert [dtypes for dtypes, _ in seen] == 3 * [{torch.bfloat16}]
+    learnt = torch.cat([layer.lora_B["default"].weight.detach().flatten() for layer in adapters(half).values()])
+    assert learnt.dtype == torch.float32 and not torch.equal(learnt, learnt.bfloat16().float())  # not what 16 bits hold
+    assert (learnt - seen[-1][1]).abs().max() < 2e-5 and learnt.abs().max() > 5e-6
+    merged = merge_lora(half)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}

@@ -94,3 +94,23 @@ def test_the_rank_is_of_what_attention_gives(experiment):
 def test_a_run_that_fails_says_so_and_the_others_go_on(experiment):
     found = experiment.run_one((experiment.QUICK, "softmx", 0, "cpu"))
     assert found["mechanism"] == "softmx" and "nearest: softmax" in found["error"]
+
+
+def test_an_earlier_result_is_gone_on_from(experiment, tmp_path):
+    import json
+    from types import SimpleNamespace
+
+    plan = experiment.QUICK
+    runs = [
+        {"mechanism": "rala", "seed": 0, "accuracy": {}},
+        {"mechanism": "mala", "seed": 0, "error": "x"},
+        {"mechanism": "rala", "seed": 5},
+    ]
+    earlier = {"device": "card", "commit": "abc", "plan": {**vars(plan), "seeds": 1}, "training": runs}
+    (tmp_path / "r.json").write_text(json.dumps(earlier))
+    report = SimpleNamespace(result={"device": "card"})
+    assert experiment.kept(tmp_path / "r.json", report, plan) == [{**runs[0], "commit": "abc"}]
+    with pytest.raises(SystemExit, match="epochs 2 there, 3 here"):
+        experiment.kept(tmp_path / "r.json", report, replace(plan, epochs=3))
+    with pytest.raises(SystemExit, match="device 'card' there, 'other' here"):
+        experiment.kept(tmp_path / "r.json", SimpleNamespace(result={"device": "other"}), plan)

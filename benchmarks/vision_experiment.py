@@ -201,7 +201,8 @@ def rows(runs: list[dict[str, Any]], times: dict[str, float], task: Task) -> lis
             continue
         cells = [spread([run["accuracy"][name] for run in good]) for name in task.tests]
         alone = f"{times[mechanism]:.1f}" if mechanism in times else "–"
-        ranked = f"{statistics.fmean(run['rank'] for run in good):.2f}"
+        ranks = [run["rank"] for run in good if "rank" in run]  # earlier results have none
+        ranked = f"{statistics.fmean(ranks):.2f}" if ranks else "–"
         row = [mechanism, str(len(good)), *cells, spread([run["half_way"] for run in good]), ranked, alone]
         mean = statistics.fmean(run["accuracy"][next(iter(task.tests))] for run in good)
         made.append((mean, [*row, f"{statistics.fmean(run['seconds'] for run in good):.0f}"]))

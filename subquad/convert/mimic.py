@@ -73,15 +73,16 @@ def weights_loss(mechanism: Attention, q: Tensor, k: Tensor, *, rotary: Rotary |
         raise InputError("objective", f"'weights' for {mechanism.card.name}", f"a mechanism with feature maps: {', '.join(weighing())}")
     student: Any = mechanism
     with torch.no_grad():
-        q, k = rotate(rotary, q, k)
-        q, k = q.to(compute_dtype(q)), k.to(compute_dtype(k))
+        given = (*rotate(rotary, q, k), *(() if getattr(student, "far_rotary", True) else (q, k)))
+        given = tuple(x.to(compute_dtype(x)) for x in given)
         if cu_seqlens is None:
             lengths = torch.full((q.shape[0],), q.shape[1], device=q.device)
         else:
             lengths = cu_seqlens.diff().long()
-            q, k = _rows(q, lengths), _rows(k, lengths)
+            given = tuple(_rows(x, lengths) for x in given)
+        q, k = given[:2]
     causal = getattr(mechanism, "causal", mechanism.card.causal)
-    fq, fk = (x.transpose(1, 2) for x in student.feature_pair(q, k))
+    fq, fk = (x.transpose(1, 2) for x in student.feature_pair(*given[-2:]))
     q, k = q.transpose(1, 2) * mechanism.head_dim**-0.5, expand_heads(k, mechanism.heads).transpose(1, 2)
     rows, heads, tokens = q.shape[:3]
     size = max(1, BUDGET["cuda" if q.is_cuda else "cpu"] // max(1, rows * heads * tokens))

@@ -21,6 +21,7 @@ CASES = {
     "hedgehog-encoder": ("hedgehog", {"causal": False}),
     "lolcats": ("lolcats", {"window": 5, "feature_dim": 6}),
     "lolcats-sinks": ("lolcats", {"window": 5, "sinks": 3, "feature_dim": 6}),
+    "lolcats-unturned": ("lolcats", {"window": 5, "sinks": 1, "feature_dim": 6, "far_rotary": False}),
     "lolcats-terrace": ("lolcats", {"window": 4, "window_form": "tk", "affine_factors": True, "feature_dim": 8}),
 }
 every = pytest.mark.parametrize("case", CASES)

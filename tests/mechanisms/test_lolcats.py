@@ -248,3 +248,57 @@ def test_a_window_longer_than_the_text_changes_nothing_in_a_model(options):
         subquad.swap(model, "lolcats", **options)
         assert (model(ids).logits - before).abs().max() < 1e-4 * before.abs().max()
         assert torch.equal(model.generate(ids, **greedy), generated)
+
+
+# ---- a linear part without rotary -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window_form, sinks", [("sw", 0), ("sw", 3), ("tk", 0)])
+def test_what_is_far_is_weighed_by_unturned_features(window_form, sinks):
+    """Weight by weight, from the formulas; and the same in one call, behind a state at every cut, token by token and packed."""
+    n, w = 23, 4
+    module = make(window=w, window_form=window_form, sinks=sinks, far_rotary=False)
+    q, k, v = qkv(n)
+    rotary = Rotary.of(torch.arange(n), 16, theta=100.0)
+    turned_q, turned_k = (rotary.apply(x) for x in (q, k))
+    expected = torch.zeros(2, n, 4, 16, dtype=torch.float64)
+    for h in range(4):
+        phi = [(x @ W[h]) for x, W in ((q[:, :, h], module.W_q), (k[:, :, h // 2], module.W_k))]
+        fq, fk = (torch.cat([y.softmax(-1), (-y).softmax(-1)], -1) for y in phi)
+        g = module.window_factor[h].sigmoid()
+        for i in range(n):
+            start = max(0, i - w + 1) if window_form == "sw" else max(0, (i // w - 1) * w)
+            near = sorted({*range(min(sinks, i + 1)), *range(start, i + 1)})
+            far = [j for j in range(i) if j not in near]
+            s = torch.stack([(turned_q[:, i, h] * turned_k[:, j, h // 2]).sum(-1) / 4 for j in near], -1)
+            a = g * (s - s.amax(-1, keepdim=True)).exp()
+            a = torch.cat([a, *((fq[:, i] * fk[:, j]).sum(-1, keepdim=True) for j in far)], -1)
+            expected[:, i, h] = (a[..., None] * v[:, near + far, h // 2]).sum(1) / a.sum(-1, keepdim=True)
+    o, whole = module(q, k, v, rotary=rotary, return_state=True)
+    assert (o - expected).abs().max() < 1e-12
+    assert whole.nbytes == module.card.state_bytes(
+        Shape(n, 4, 16, kv_heads=2, batch=2, itemsize=8), window=w, window_form=window_form, sinks=sinks, feature_dim=16, far_rotary=False
+    )
+    for cut in range(n + 1):
+        for size in (n, 1):
+            first, state = module(*(x[:, :cut] for x in (q, k, v)), rotary=rotary.narrow(0, cut), return_state=True)
+            outputs = [first]
+            for t in range(cut, n, size):
+                part = {"rotary": rotary.narrow(t, min(n, t + size)), "state": state, "return_state": True}
+                o, state = module(*(x[:, t : t + size] for x in (q, k, v)), **part)
+                outputs.append(o)
+            assert (torch.cat(outputs, 1) - expected).abs().max() < 1e-12
+            assert all((state[name] - whole[name]).abs().max() < 1e-12 for name in ("S", "k", "v"))
+    packed = tuple(x.flatten(0, 1)[None] for x in (q, k, v))
+    both = Rotary.of(torch.arange(n).repeat(2), 16, theta=100.0)
+    o = module(*packed, rotary=both, cu_seqlens=torch.tensor([0, n, 2 * n]))
+    assert (o[0].unflatten(0, (2, n)) - expected).abs().max() < 1e-12
+
+
+def test_far_weights_do_not_change_with_distance():
+    """However far apart tokens stand: only the window's part turns."""
+    q, k, v = qkv()
+    for far_rotary in (False, True):
+        module = make(-50.0, window=2, far_rotary=far_rotary)  # the window weighs nothing
+        o = [module(q, k, v, rotary=Rotary.of(torch.arange(N) * step, 16, theta=100.0)) for step in (1, 6)]
+        assert bool((o[0] - o[1])[:, 2:].abs().max() > 1e-3) == far_rotary

@@ -8,6 +8,7 @@ g = sigmoid(window_factor) per head, f = 1 − g with `affine_factors`, else 1. 
 weights are relative to their own maximum, the others absolute, so the window part with its log-sum-exp weighs
 g exp(lse_i − c_i). Two windows: "sw", the last w tokens; "tk" (terrace), the own block of w and the one before it.
 `sinks`, this library's own option, keeps the first tokens in the softmax part for good, as Xiao et al. do (arXiv 2309.17453).
+Without `far_rotary`, also its own, φ is of unturned q and k, as in LAWCAT and Lizard: what is far is found by what it says, not where.
 In bfloat16, φ is computed in float32 and rounded, so that each weight of the past is off by up to 2^-8 of itself.
 Rotary turns q and k before all else; grouped keys are repeated to the query heads before the map; W is per query head,
 apart for q and k. Zhang et al.: LoLCATs (arXiv 2410.10254); windows and factors as in HazyResearch/lolcats.
@@ -49,9 +50,12 @@ def _flops(s: Shape, window: int = 64, window_form: str = "sw", sinks: int = 0, 
     return 2 * s.batch * s.tokens * s.heads * (near + far)
 
 
-def _state_bytes(s: Shape, window: int = 64, window_form: str = "sw", sinks: int = 0, feature_dim: int = 64, **_: object) -> float:
+def _state_bytes(
+    s: Shape, window: int = 64, window_form: str = "sw", sinks: int = 0, feature_dim: int = 64, far_rotary: bool = True, **_: object
+) -> float:  # fmt: skip
     sums = s.heads * 2 * feature_dim * (s.values + 1) * max(4, s.itemsize)
-    return s.batch * (sums + _held(window, window_form, sinks) * s.kv * (s.head_dim + s.values) * s.itemsize)
+    keys = s.head_dim * (1 if far_rotary else 2)
+    return s.batch * (sums + _held(window, window_form, sinks) * s.kv * (keys + s.values) * s.itemsize)
 
 
 CARD = Card(
@@ -80,6 +84,7 @@ class Lolcats(Attention):
         sinks: first tokens that every later one sees by softmax and not by the linear part; 0, the paper's, with "tk".
         feature_dim: F, the width of W x; there are 2F features.
         affine_factors: the linear part is weighed by 1 − g instead of 1.
+        far_rotary: whether φ is of rotated queries and keys, as the paper has it; if not, a state keeps keys turned and unturned.
         init: W is the identity (its first F columns), a map that follows q·k from the start, or drawn as the released
             code does ("kaiming").
     """
@@ -88,7 +93,8 @@ class Lolcats(Attention):
 
     def __init__(
         self, heads: int, head_dim: int, *, window: int = 64, window_form: Literal["sw", "tk"] = "sw", sinks: int = 0,
-        feature_dim: int = 64, affine_factors: bool = False, init: Literal["identity", "kaiming"] = "identity", **sizes: object,
+        feature_dim: int = 64, affine_factors: bool = False, far_rotary: bool = True, init: Literal["identity", "kaiming"] = "identity",
+        **sizes: object,
     ) -> None:  # fmt: skip
         super().__init__(heads, head_dim, **sizes)  # type: ignore[arg-type]
         for name, value, known in (("window_form", window_form, ("sw", "tk")), ("init", init, ("identity", "kaiming"))):
@@ -102,7 +108,8 @@ class Lolcats(Attention):
         if sinks and window_form == "tk":
             raise InputError("sinks", sinks, "0 with window_form 'tk'")
         self.window, self.window_form, self.sinks, self.feature_dim = window, window_form, sinks, feature_dim
-        self.affine_factors, self.init, self.held = affine_factors, init, _held(window, window_form, sinks)
+        self.affine_factors, self.far_rotary, self.init = affine_factors, far_rotary, init
+        self.held = _held(window, window_form, sinks)
         if sinks:
             self.card = replace(self.card, keeps=self.card.keeps + ", and those of the first {sinks} tokens")
         for name in ("W_q", "W_k"):
@@ -113,17 +120,22 @@ class Lolcats(Attention):
         self.window_factor = nn.Parameter(torch.full((heads,), START))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
-        q, k = rotate(call.rotary, q, k)
+        turned = rotate(call.rotary, q, k)
+        q, k = turned if self.far_rotary else (torch.cat(pair, -1) for pair in zip(turned, (q, k)))  # both kinds, side by side
         if call.state is not None and call.cu_seqlens is None and q.shape[1] == 1:
             return step(self, q, k, v, call.state)
         return forward(self, q, k, v, call)
 
     def features(self, name: Literal["W_q", "W_k"], x: Tensor) -> Tensor:
-        """φ of rotated queries or keys ``[B, N, ·, D]``: ``[B, N, H, 2F]``, in their dtype (float32 for float16)."""
-        return project_softmax_halves(x, self.get_parameter(name))
+        """φ of queries or keys as `mix` has them: ``[B, N, H, 2F]``, in their dtype (float32 for float16)."""
+        return project_softmax_halves(x[..., -self.head_dim :], self.get_parameter(name))
+
+    def near(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Of queries and keys as `mix` has them the rotated ones, which softmax sees."""
+        return q[..., : self.head_dim], k[..., : self.head_dim]
 
     def feature_pair(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """φ_q of rotated q and φ_k of rotated k, both for each query head: ``[B, N, H, 2F]``."""
+        """φ_q of q and φ_k of k, rotated if `far_rotary`, both for each query head: ``[B, N, H, 2F]``."""
         return self.features("W_q", q), self.features("W_k", k)
 
     def weigh(self, fq: Tensor, fk: Tensor, scores: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -164,7 +176,7 @@ def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tup
     dtype, device, cu = compute_dtype(q), q.device, call.cu_seqlens
     if call.state is None:
         layout = module.layout(q.shape[1], q.shape[1])
-        near = sparse_attention(q, k, v, layout, cu_seqlens=cu, return_lse=True, return_max=True)
+        near = sparse_attention(*module.near(q, k), v, layout, cu_seqlens=cu, return_lse=True, return_max=True)
         if module.window_form == "sw" and cu is None:
             return from_start(module, q, k, v, near, call.return_state)
     rows = q.shape[0] if cu is None else cu.shape[0] - 1
@@ -177,7 +189,7 @@ def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tup
     stream = Stream(module.held, rows, q.shape[1], cu, device)
     joined = stream.join(held[0], k), stream.join(held[1], v)
     if call.state is not None:
-        near = attend_behind(q, *joined, module.layout, stream, length, module.sinks)
+        near = attend_behind(*module.near(q, joined[0]), joined[1], module.layout, stream, length, module.sinks)
     past = sliding_past if module.window_form == "sw" else terrace_past
     far, mass, sums = past(module, q, *joined, stream, length, sums, cu)
     o = module.combine(near, far, mass).to(q.dtype)
@@ -276,7 +288,7 @@ def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tupl
     length = state.length[:, None]
     k, v = torch.cat([state["k"], k], 1), torch.cat([state["v"], v], 1)
     k_pos = torch.cat([kept_positions(state.length, module.held - sinks, sinks), length], 1)
-    wide_q, wide_k, wide_v = (x.to(dtype) for x in (q, k, v))
+    wide_q, wide_k, wide_v = (x.to(dtype) for x in (*module.near(q, k), v))
     leaving = slice(sinks, sinks + (1 if module.window_form == "sw" else w))
     real = k_pos[:, leaving] >= sinks
     real = real if module.window_form == "sw" else real & (length % w == 0)
@@ -294,9 +306,10 @@ def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tupl
 
 
 def reference(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, *, rotary: Rotary | None = None, **_: object) -> Tensor:
-    q, k = rotate(rotary, q, k)
     k, v = (x.repeat_interleave(module.heads // module.kv_heads, 2) for x in (k, v))
-    y_q, y_k = torch.einsum("bnhd,hdf->bnhf", q, module.W_q), torch.einsum("bnhd,hdf->bnhf", k, module.W_k)
+    plain, (q, k) = (q, k), rotate(rotary, q, k)
+    far_q, far_k = (q, k) if module.far_rotary else plain
+    y_q, y_k = torch.einsum("bnhd,hdf->bnhf", far_q, module.W_q), torch.einsum("bnhd,hdf->bnhf", far_k, module.W_k)
     fq, fk = (torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp(min=1e-12) for y in (y_q, y_k))
     i, w = torch.arange(q.shape[1], device=q.device)[:, None], module.window
     j, start = i.T, i - w + 1 if module.window_form == "sw" else (i // w - 1) * w

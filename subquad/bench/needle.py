@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from subquad.bench.progress import bar
-from subquad.bench.quality import common_start, device_of, evaluating
+from subquad.bench.quality import Question, answered, device_of, evaluating
 from subquad.checks import InputError, nearest
 from subquad.models.text import book, sentences
 
@@ -199,13 +199,13 @@ def retrieval(
         for task in tasks:
             for length in lengths:
                 for depth in depths:
-                    found = []
-                    for index in range(prompts):
-                        prompt = hidden_prompt(task, length, depth, index=index, seed=seed, count=count)
-                        found.append(_read(model, tokenizer, prompt) if by == "forward" else (_written(model, tokenizer, prompt), None))
-                        advance()
-                    exact = sum(one for one, _ in found) / prompts
-                    ranked = sum(bool(rank) for _, rank in found) / prompts if by == "forward" else None
+                    made = [hidden_prompt(task, length, depth, index=index, seed=seed, count=count) for index in range(prompts)]
+                    if by == "generate":
+                        written = [_written(model, tokenizer, prompt, advance) for prompt in made]
+                        cells.append(Cell(task, length, depth, prompts, sum(written) / prompts, None))
+                        continue
+                    questions = [Question.of(partial(_ids, tokenizer), one.text, one.choices, one.answer) for one in made]
+                    exact, ranked = (sum(column) / prompts for column in zip(*answered(model, questions, advance)))
                     cells.append(Cell(task, length, depth, prompts, exact, ranked))
     return Retrieval(tuple(cells), by, seed)
 
@@ -214,21 +214,9 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _read(model: Any, tokenizer: Any, prompt: Hidden) -> tuple[bool, bool]:
-    """(exact, ranked) from one pass over the prompt with its answer."""
-    answers = {choice: _ids(tokenizer, f"{prompt.text} {choice}") for choice in prompt.choices}
-    right = answers[prompt.answer]
-    start = common_start([*answers.values(), _ids(tokenizer, prompt.text)])
-    kept = len(right) - start + 1
-    logits = model(input_ids=torch.tensor([right], device=device_of(model)), use_cache=False, logits_to_keep=kept).logits[0, -kept:]
-    exact = logits[:-1].argmax(-1).tolist() == right[start:]
-    fork = common_start(list(answers.values()))
-    rivals = [ids[fork] for ids in answers.values()]
-    return exact, max(rivals, key=lambda token: float(logits[fork - start, token])) == right[fork]
-
-
-def _written(model: Any, tokenizer: Any, prompt: Hidden) -> bool:
+def _written(model: Any, tokenizer: Any, prompt: Hidden, advance: Callable[[], Any]) -> bool:
     """Whether greedy decoding writes the answer, and then no further digit."""
+    advance()
     ids = torch.tensor([_ids(tokenizer, prompt.text)], device=device_of(model))
     most = len(_ids(tokenizer, f" {prompt.answer}")) + 2
     made = model.generate(

@@ -7,21 +7,26 @@ Both work on any causal language model of transformers, swapped or not.
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from subquad.bench.progress import bar
 from subquad.checks import InputError
 from subquad.models.text import windows
 
 _ROWS = 256  # logits rows per cross entropy: bounds the float32 copy of [rows, vocabulary]
+_TOKENS = {"cuda": 8192}  # of one pass where short ones leave the device idle; elsewhere sequences come one by one
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,27 @@ def perplexity(
     spans = list(windows(tokens, window, stride))[-limit if limit else 0 :]
     device, total, count = device_of(model), 0.0, 0
     with evaluating(model), bar("perplexity", len(spans), show=progress) as advance:
-        for ids, scored in spans:
-            ids = ids.to(device)
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, -scored - 1 : -1]
-            total += _nll(logits, ids[-scored:])
-            count += scored
-            advance()
+        for some in _together(spans, lambda span: span[0].shape[0], device):
+            ids = pad_sequence([ids for ids, _ in some], batch_first=True).to(device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            for row, (alone, scored) in enumerate(some):
+                end = alone.shape[0]
+                total += _nll(logits[row, end - scored - 1 : end - 1], ids[row, end - scored : end])
+                count += scored
+                advance()
     return Perplexity(total / count, count, len(spans))
+
+
+def _together(items: Sequence[Item], length: Callable[[Item], int], device: torch.device) -> Iterator[Sequence[Item]]:
+    """Neighbours that one pass takes, with padding on the right, which what is causal does not see."""
+    start, most = 0, _TOKENS.get(device.type, 0)
+    while start < len(items):
+        stop, longest = start + 1, length(items[start])
+        while stop < len(items) and (stop + 1 - start) * max(longest, length(items[stop])) <= most:
+            longest = max(longest, length(items[stop]))
+            stop += 1
+        yield items[start:stop]
+        start = stop
 
 
 def _nll(logits: Tensor, targets: Tensor) -> float:
@@ -159,26 +178,61 @@ def recall_prompts(
 def recall(
     model: Any, tokenizer: Any, *, prompts: int = 8, pairs: int = 4, distance: int = 256, seed: int = 0, progress: bool = False
 ) -> Recall:
-    """Key-value recall: is a number stated `distance` tokens ago still known? One forward pass a prompt."""
+    """Key-value recall: is a number stated `distance` tokens ago still known? Read off forward passes, without decoding."""
+    if prompts < 1:
+        raise InputError("prompts", prompts, "at least 1")
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    exact = ranked = 0
     made = recall_prompts(prompts, pairs=pairs, distance=distance, seed=seed, count=lambda text: len(encode(text)))
+    questions = [Question.of(encode, prompt.text, prompt.codes, prompt.answer) for prompt in made]
     with evaluating(model), bar("recall", prompts, show=progress) as advance:
-        for prompt in made:
-            answers = {code: encode(f"{prompt.text} {code}") for code in prompt.codes}
-            right = answers[prompt.answer]
-            start = common_start([*answers.values(), encode(prompt.text)])
-            logits = model(input_ids=torch.tensor([right], device=device_of(model)), use_cache=False).logits[0]
-            best = logits[start - 1 : -1].argmax(-1).tolist()
-            exact += best == right[start:]
-            fork = common_start(list(answers.values()))  # the first place where the candidates differ
-            rivals = [ids[fork] for ids in answers.values()]
-            ranked += max(rivals, key=lambda token: float(logits[fork - 1, token])) == right[fork]
+        found = answered(model, questions, advance)
+    exact, ranked = (sum(column) / prompts for column in zip(*found))
+    return Recall(exact, ranked, prompts, pairs, distance)
+
+
+class Question(NamedTuple):
+    """A prompt with its answer as token ids, where the answer starts, and the token in which the choices first differ."""
+
+    ids: list[int]
+    start: int
+    fork: int
+    rivals: tuple[int, ...]
+
+    @classmethod
+    def of(cls, encode: Callable[[str], list[int]], text: str, choices: Sequence[str], answer: str) -> Question:
+        answers = {choice: encode(f"{text} {choice}") for choice in choices}
+        fork = common_start(list(answers.values()))
+        start = common_start([*answers.values(), encode(text)])
+        return cls(answers[answer], start, fork, tuple(ids[fork] for ids in answers.values()))
+
+
+@torch.no_grad()
+def answered(model: Any, questions: Sequence[Question], advance: Callable[[], Any]) -> list[tuple[bool, bool]]:
+    """Of each question whether every token of the answer is the likeliest, which is what greedy decoding writes, and whether the right
+    choice is likelier than its rivals, by the first token in which they differ."""
+    device, found = device_of(model), []
+    for some in _together(questions, lambda question: len(question.ids), device):
+        ids = pad_sequence([torch.tensor(question.ids) for question in some], batch_first=True).to(device)
+        first = min(question.start for question in some)
+        kept = ids.shape[1] - first + 1  # places, of which the first predicts token `first`
+        logits = model(input_ids=ids, use_cache=False, **_keeping(model, kept)).logits[:, -kept:]
+        for row, (right, start, fork, rivals) in zip(logits, some):
+            said = row[start - first : len(right) - first]
+            exact = said.argmax(-1).tolist() == right[start:]
+            scores = said[fork - start, list(rivals)].tolist()
+            found.append((exact, rivals[scores.index(max(scores))] == right[fork]))
             advance()
-    return Recall(exact / prompts, ranked / prompts, prompts, pairs, distance)
+    return found
+
+
+def _keeping(model: Any, count: int) -> dict[str, int]:
+    """The argument that has a model of transformers compute its last logits alone, where it has one."""
+    known = inspect.signature(model.forward).parameters.values()
+    takes = any(p.name == "logits_to_keep" or p.kind is p.VAR_KEYWORD for p in known)
+    return {"logits_to_keep": count} if takes else {}
 
 
 def common_start(sequences: Sequence[Sequence[int]]) -> int:

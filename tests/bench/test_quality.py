@@ -3,9 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bench.tiny import make_llama
 from torch import nn
 
+import subquad
 from subquad import InputError
+from subquad.bench import quality
 from subquad.bench.quality import perplexity, recall, recall_prompts
 
 
@@ -76,14 +79,16 @@ class Scripted(nn.Module):
         self.tokenizer, self.answer = tokenizer, answer
 
     def forward(self, input_ids, use_cache=False):
-        text = self.tokenizer.decode(input_ids[0])
-        question = text.rindex("The code of")
-        end = text.index(" is", question) + len(" is")
-        says = " " + self.answer(text[:end])
-        logits = torch.zeros(1, input_ids.shape[1], 257)
-        for offset, token in enumerate(self.tokenizer(says)["input_ids"]):
-            if end - 1 + offset < input_ids.shape[1]:
-                logits[0, end - 1 + offset, token] = 1.0
+        self.passes = getattr(self, "passes", 0) + 1
+        logits = torch.zeros(*input_ids.shape, 257)
+        for row, ids in zip(logits, input_ids):
+            text = self.tokenizer.decode(ids)
+            question = text.rindex("The code of")
+            end = text.index(" is", question) + len(" is")
+            says = " " + self.answer(text[:end])
+            for offset, token in enumerate(self.tokenizer(says)["input_ids"]):
+                if end - 1 + offset < len(ids):
+                    row[end - 1 + offset, token] = 1.0
         return SimpleNamespace(logits=logits)
 
 
@@ -91,7 +96,10 @@ def stated(text):
     return dict(pair.removeprefix("The code of ").split(" is ") for pair in text.split(". ") if " is " in pair and "The code of " in pair)
 
 
-def test_a_model_that_remembers_scores_one_and_one_that_forgets_scores_less(tokenizer):
+@pytest.mark.parametrize("most, passes", [(0, {20}), (600, set(range(7, 14))), (10**6, {1})])
+def test_a_model_that_remembers_scores_one_and_one_that_forgets_scores_less(tokenizer, monkeypatch, most, passes):
+    monkeypatch.setitem(quality._TOKENS, "cpu", most)
+
     def remembers(text):
         return stated(text)[text[text.rindex("The code of") :].removeprefix("The code of ").removesuffix(" is")]
 
@@ -105,5 +113,42 @@ def test_a_model_that_remembers_scores_one_and_one_that_forgets_scores_less(toke
     lucky = sum(prompt.answer == prompt.codes[0] for prompt in made) / 20
     assert 0 < lucky < 1
     for answer, exact, ranked in ((remembers, 1.0, 1.0), (first_pair, lucky, lucky), (nearly, 0.0, 1.0)):
-        found = recall(Scripted(tokenizer, answer), tokenizer, prompts=20, distance=40)
-        assert (found.exact, found.ranked) == (exact, ranked)
+        model = Scripted(tokenizer, answer)
+        found = recall(model, tokenizer, prompts=20, distance=40)
+        assert (found.exact, found.ranked) == (exact, ranked) and model.passes in passes
+
+
+@pytest.mark.parametrize("mechanism", [None, "lolcats", "gla"])
+def test_sequences_side_by_side_are_as_they_are_alone(mechanism, tokenizer, monkeypatch):
+    model = make_llama()
+    model = model if mechanism is None else subquad.swap(model, mechanism)
+    tokens = torch.randint(0, 257, (288,), generator=torch.Generator().manual_seed(0))
+    texts = ("one is 17. One is", "two is 5, three is 17. Two and three are 2", "four is 99. It")
+    questions = [
+        quality.Question.of(lambda text: tokenizer(text)["input_ids"], text, (f"{i}", "3", "4"), f"{i}") for i, text in enumerate(texts)
+    ]
+    seen = []
+    handle = model.register_forward_hook(lambda module, args, out: seen.append(out.logits))
+    logits = {}
+    for most in (0, 64, 10**6):
+        monkeypatch.setitem(quality._TOKENS, "cpu", most)
+        seen.clear()
+        nll = perplexity(model, tokens, window=24).nll
+        logits[most] = nll, [out.shape[0] for out in seen], []
+        seen.clear()
+        quality.answered(model, questions, lambda: None)
+        logits[most][2].extend(row for out in seen for row in out)
+    handle.remove()
+    assert [found[1] for found in logits.values()] == [[1] * 12, [2] * 6, [12]]
+    assert all(found[0] == pytest.approx(logits[0][0], abs=1e-6) for found in logits.values())
+    alone, together = logits[0][2], logits[10**6][2]
+    longest, first = max(len(q.ids) for q in questions), min(q.start for q in questions)
+    for question, one, many in zip(questions, alone, together):
+        assert one.shape[0] == len(question.ids) - question.start + 1 and many.shape[0] == longest - first + 1
+        at = question.start - first
+        torch.testing.assert_close(many[at : at + one.shape[0]], one, rtol=1e-4, atol=1e-5)
+
+
+def test_no_prompt_is_refused(llama, tokenizer):
+    with pytest.raises(InputError, match="prompts: got 0; expected at least 1"):
+        recall(llama, tokenizer, prompts=0)

@@ -301,7 +301,9 @@ def main() -> int:
         "A step's time is that of each mechanism alone on the device; training seconds are those of runs side by side, which share it.",
     ]
     if commits := sorted({run["commit"] for run in done} - {report.result["commit"]}):
-        report.result["notes"].append(f"Of the runs, {len(done)} are of an earlier commit: {', '.join(f'`{one}`' for one in commits)}.")
+        said = f"Of the runs, {len(done)} are of an earlier commit: {', '.join(f'`{one}`' for one in commits)}."
+        bare = sum("rank" not in run for run in done)
+        report.result["notes"].append(said + (f" {bare} of them have no rank: that column is of the others." if bare else ""))
     if given.add is not None and "speed" in (earlier := json.loads(given.add.read_text(encoding="utf-8"))):
         report.result["speed"] = earlier["speed"]
     elif not given.no_speed:

@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import subquad
 from subquad import InputError, Rotary, Shape
+from subquad.ops.feature_maps import PIECE, RowsProduct
 
 FORMS = ("sw", "tk")
 BY_FORM = pytest.mark.parametrize("window_form", FORMS)
@@ -302,3 +303,16 @@ def test_far_weights_do_not_change_with_distance():
         module = make(-50.0, window=2, far_rotary=far_rotary)  # the window weighs nothing
         o = [module(q, k, v, rotary=Rotary.of(torch.arange(N) * step, 16, theta=100.0)) for step in (1, 6)]
         assert bool((o[0] - o[1])[:, 2:].abs().max() > 1e-3) == far_rotary
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 8, 21])
+def test_the_gradient_of_maps_in_pieces_is_that_of_one_product(tokens, monkeypatch):
+    monkeypatch.setitem(PIECE, "cpu", 4)
+    rows, weight, grad = (torch.randn(*s, dtype=torch.float64) for s in ((3, tokens, 5), (3, 5, 7), (3, tokens, 7)))
+    found, expected = [], []
+    for product, into in ((RowsProduct.apply, found), (torch.matmul, expected)):
+        x, w = rows.clone().requires_grad_(), weight.clone().requires_grad_()
+        into += torch.autograd.grad(product(x, w), (x, w), grad)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    x, w = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(RowsProduct.apply, (x, w)) and torch.autograd.gradgradcheck(RowsProduct.apply, (x, w))

@@ -92,8 +92,12 @@ def tables(runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run shares with others, rates and budget asked for among it: of an untrained model only how it was measured."""
-    return {**run["measured"], **(run["plan"] or {})}
+    """What a run shares with others, rates and budget asked for among it: of an untrained model only how it was measured.
+
+    Of the text what it is made of: what a model writes itself is never twice the same on a GPU.
+    """
+    plan = run["plan"] or {}
+    return {**run["measured"], **plan, **({"text": plan["text"].rpartition(" (")[0]} if "text" in plan else {})}
 
 
 def main_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def recipe_tables(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     good, mine = good_runs(every), main_runs(every)
     main = main_settings(good)
     others = [run for run in good if run not in mine]
-    start = next((run["points"]["start"]["book"] for run in mine if run["label"] == ORIGINAL), None)
+    start = _start(mine[0], good) if mine else None
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in mine:
         groups.setdefault(run["label"], []).append(run)
@@ -135,8 +139,15 @@ def recipe_tables(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"title": f"Linearization recipes, perplexity{size}", "columns": columns, "rows": quality},
         {"title": f"What the recipes cost{size}", "columns": COSTS, "rows": costs},
-        {"title": "Recipes with other settings", "columns": OTHERS, "rows": [_other(run, main, start) for run in others]},
+        {"title": "Recipes with other settings", "columns": OTHERS, "rows": [_other(run, main, _start(run, good)) for run in others]},
     ]
+
+
+def _start(run: Mapping[str, Any], good: Sequence[Mapping[str, Any]]) -> float | None:
+    """Nats of the original on the book, measured as this run was."""
+    same = ("model", "dtype", "length", "windows")
+    alike = [one for one in good if one["recipe"] == ORIGINAL and all(one["measured"].get(k) == run["measured"].get(k) for k in same)]
+    return alike[0]["points"]["start"]["book"] if alike else None
 
 
 RATES = {"transfer_lr": "transfer at", "tune_lr": "tuning at", "share": "transfer's share"}  # asked for instead of the recipes' own

@@ -97,10 +97,19 @@ def run(label, seed=0, plan=PLAN, **points):
     stages = {name: {"tokens": 3_000_000, "seconds": 50.0, "tokens_per_s": 60_000, "peak_mib": 2048} for name in points if name != "start"}
     found = [{"distance": 256, "ranked": 0.5, "exact": 0.25}]
     return {
-        "kind": "recipe", "label": label, "seed": seed, "plan": plan, "measured": {"windows": 32}, "done": True, "stages": stages,
+        "kind": "recipe", "label": label, "recipe": label, "seed": seed, "plan": plan, "measured": {"windows": 32}, "done": True,
+        "stages": stages,
         "points": {name: {"book": nats, "other": 2.0} for name, nats in points.items()}, "recall": found, "bytes_64k": 2**20,
         "new_parameters": 1000,
     }  # fmt: skip
+
+
+def test_texts_sampled_anew_are_the_same_settings(parts):
+    plans = [PLAN | {"text": f"book + 1000 of its own ({digest})"} for digest in ("0123456789ab", "ba9876543210")]
+    runs = [run(f"recipe {i}", plan=plan, start=4.0, finetune=3.0) for i, plan in enumerate(plans)]
+    assert parts._tables.main_runs(runs) == runs
+    other = run("other", plan=PLAN | {"text": "book (0123456789ab)"}, start=4.0, finetune=3.0)
+    assert parts._tables.main_runs([*runs, other]) == runs
 
 
 def test_tables_say_what_was_measured(parts):

@@ -73,8 +73,10 @@ def test_the_baseline_is_tuned_as_lolcats():
 
 def test_lolcats_with_sinks_is_lolcats_on_top_of_the_baseline():
     one, paper = recipe("lolcats-sinks"), recipe("lolcats")
-    assert (one.mechanism, one.stages) == (paper.mechanism, paper.stages)
-    assert one.options == {**paper.options, "sinks": 4} == recipe("sliding-window").options
+    assert one.mechanism == paper.mechanism and one.transfer == paper.transfer
+    assert one.finetune == {**paper.finetune, "train_mechanism": True}
+    assert one.options == {**recipe("sliding-window").options, "far_rotary": False}
+    assert paper.options == {"window": one.options["window"]}
 
 
 def test_tokens_and_steps(mine):

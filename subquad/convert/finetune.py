@@ -29,6 +29,7 @@ from subquad.convert.distill import described
 from subquad.convert.feed import Feed
 from subquad.convert.graphs import Graphed, plain
 from subquad.convert.lora import TARGETS, add_lora, drop_lora, projections, without_lora
+from subquad.convert.loss import labels_of, next_token_loss, summed_loss
 from subquad.convert.run import Bar, Run, check_counts, check_rate, seeded
 from subquad.convert.swap import swapped
 from subquad.convert.transfer import moved, originals
@@ -217,7 +218,9 @@ class _Judge:
         target = self._target(batch) if self.weight else None
         logits = forward(**{key: x for key, x in batch.items() if key != "labels"}, use_cache=False).logits
         labels = labels_of(batch)
-        return summed_loss(logits[:, :-1], labels, None if target is None else target[:, :-1], self.weight)
+        if target is None:
+            return next_token_loss(logits, F.pad(labels, (0, 1), value=-100))  # the last place predicts nothing
+        return summed_loss(logits[:, :-1], labels, target[:, :-1], self.weight)
 
     @torch.no_grad()
     def _target(self, batch: dict[str, Any]) -> Tensor:
@@ -227,38 +230,6 @@ class _Judge:
             return self.teacher(**moved(batch, device), use_cache=False).logits.to(batch["input_ids"].device)
         with originals(self.model), without_lora(self.model):
             return self.model(**batch, use_cache=False).logits
-
-
-def labels_of(batch: dict[str, Any]) -> Tensor:
-    """What is predicted at each place but the last, ``[B, N − 1]``: -100 where nothing is."""
-    if not isinstance(batch.get("input_ids"), Tensor):
-        raise InputError("data", f"a batch of {', '.join(batch)}", "batches with input_ids [B, N]")
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    labels = batch.get("labels", ids)[:, 1:]
-    if mask is None:
-        return labels
-    return labels.where((mask[:, 1:] != 0) & (mask[:, :-1] != 0), -100)
-
-
-def summed_loss(logits: Tensor, labels: Tensor, target: Tensor | None = None, weight: float = 0.0) -> Tensor:
-    """Summed over the places where `labels` is not -100.
-
-    Args:
-        logits: ``[B, N, V]``.
-        labels: ``[B, N]``.
-        target: the teacher's logits.
-        weight: of the divergence from it; 1 − weight is of the labels' cross-entropy.
-    """
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_p, total = logits.to(wide).log_softmax(-1), logits.new_zeros((), dtype=wide)
-    if weight < 1:
-        total = total + (1 - weight) * F.nll_loss(log_p.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
-    if target is not None and weight:
-        there = labels != -100
-        target = target.to(wide).where(there[..., None], 0.0).log_softmax(-1)  # whose gradient is no number times 0 where it is none
-        away = F.kl_div(log_p, target, reduction="none", log_target=True).sum(-1)
-        total = total + weight * away.where(there, 0.0).sum()
-    return total
 
 
 # ---- where it runs ------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from subquad.checks import InputError
-from subquad.convert.finetune import labels_of, summed_loss
+from subquad.convert.loss import labels_of, next_token_loss
 from subquad.convert.run import seeded
 from subquad.convert.swap import find_host, restore, swap
 from subquad.convert.transfer import moved
@@ -103,8 +104,8 @@ def _nll(model: Any, batches: Sequence[dict[str, Any]]) -> float:
         model.eval()
         for batch in batches:
             logits = model(**{key: x for key, x in batch.items() if key != "labels"}, use_cache=False).logits
-            labels = labels_of(batch)
-            total += float(summed_loss(logits[:, :-1], labels))
+            labels = F.pad(labels_of(batch), (0, 1), value=-100)  # the last place predicts nothing
+            total += float(next_token_loss(logits, labels))
             count += int((labels != -100).sum())
     finally:
         model.train(was)

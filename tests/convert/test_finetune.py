@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from convert.toy_mechanisms import tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import subquad
 from subquad import InputError
 from subquad.convert.checkpoint import Checkpoints
-from subquad.convert.finetune import finetune, labels_of, share, summed_loss
+from subquad.convert.finetune import finetune, share
 from subquad.convert.lora import adapters, merge_lora
+from subquad.convert.loss import ROWS, labels_of, next_token_loss, summed_loss
 from subquad.convert.swap import restore, swap, swapped
 
 pytestmark = pytest.mark.usefixtures("learners")
@@ -367,3 +369,34 @@ def test_adapters_compute_in_16_bits_and_learn_in_32(model, tokens):
     assert (learnt - seen[-1][1]).abs().max() < 2e-5 and learnt.abs().max() > 5e-6
     merged = merge_lora(half)
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_loss_by_parts_is_cross_entropy(dtype, tolerance):
+    logits = (4 * torch.randn(3, ROWS // 2 + 7, 50)).to(dtype).requires_grad_()  # two parts, the second not whole
+    labels = torch.randint(50, logits.shape[:2])
+    labels[0, :5] = labels[:, -1] = -100
+    plain = logits.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(plain.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    found = next_token_loss(logits, labels)
+    (0.3 * found).backward(), (0.3 * expected).backward()
+    assert float(found) == pytest.approx(float(expected), rel=min(tolerance, 1e-4))
+    assert logits.grad.dtype == dtype and (logits.grad - plain.grad).abs().max() <= tolerance * plain.grad.abs().max()
+    assert not logits.grad[0, :5].any() and not logits.grad[:, -1].any()
+    assert float(next_token_loss(logits, torch.full_like(labels, -100))) == 0
+
+
+def test_the_loss_by_parts_makes_no_float32_copy():
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+                self.largest = max(self.largest, out.numel())
+            return out
+
+    logits = torch.randn(4, ROWS, 64).bfloat16().requires_grad_()
+    with Sizes() as sizes:
+        next_token_loss(logits, torch.randint(64, (4, ROWS))).backward()
+    assert 0 < sizes.largest <= ROWS * 64

@@ -166,7 +166,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Tensor]:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the training script's options, kept beside the tensors
                 held = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's words are of how to load it all the same
             reason = "it is damaged, or holds more than tensors"

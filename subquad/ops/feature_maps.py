@@ -162,7 +162,9 @@ class RowsProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        rows, weight = inputs
+        needs = ctx.needs_input_grad  # rows are a float32 copy, which frozen maps need not keep
+        ctx.save_for_backward(rows if needs[1] else None, weight if needs[0] else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]

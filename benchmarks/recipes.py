@@ -32,7 +32,7 @@ import recipes_text
 import torch
 from common import RESULTS, ROOT, Report, failure, slug, write_json
 from recipes_pool import Place, Pool
-from recipes_tables import ORIGINAL, stages_of, tables
+from recipes_tables import ORIGINAL, main_runs, stages_of, tables
 from recipes_worker import RECALL
 
 from subquad.checks import InputError
@@ -57,7 +57,6 @@ class Job:
         recipe: its name, or "original" for the model with its own attention.
         layers: as `--layers` of the command line takes them.
         options: of the mechanism, instead of the recipe's.
-        stages: arguments of a stage instead of the recipe's.
         cost: about how long it takes beside the others; the longest begin first.
     """
 
@@ -66,7 +65,6 @@ class Job:
     seed: int = 0
     layers: str = "all"
     options: Mapping[str, Any] = field(default_factory=dict)
-    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     trained: bool = True
     cost: float = 1.0
 
@@ -82,6 +80,7 @@ JOBS = (
     Job("lizard", "lizard", cost=1.6),
     Job("lolcats", "lolcats", cost=1.5),
     Job("lolcats-sinks", "lolcats-sinks", cost=1.5),
+    Job("lolcats-sinks, with rotary", "lolcats-sinks", options={"far_rotary": True}, cost=1.5),
     Job("lolcats 3:1", "lolcats", layers="3:1", cost=1.3),  # every fourth layer keeps softmax
     Job("lolcats-sinks 3:1", "lolcats-sinks", layers="3:1", cost=1.3),
 )
@@ -117,7 +116,6 @@ def recipe_tasks(given: Any, plan: dict[str, Any], held: str) -> list[dict[str, 
     made = []
     for job in jobs(given.recipes, given.seeds_for):
         stages = stages_of(job.recipe, plan) if job.trained else {}
-        stages = {name: {**stage, **job.stages.get(name, {})} for name, stage in stages.items()}
         task = {"kind": "recipe", "label": job.label, "seed": job.seed, **mechanism_of(job.recipe, job.options), "layers": job.layers}
         made.append({**task, "stages": stages, "plan": plan if job.trained else None, "measured": measured, "cost": job.cost})
     return made
@@ -200,7 +198,7 @@ class Results:
         """A task's record in place of the one before, written at once."""
         left = {name: value for name, value in task.items() if name not in ("cost", "data")}
         stamp = {**{name: self.report.result[name] for name in ("commit", "date")}, "at_once": self.at_once}
-        self.runs[key_of(task)] = {**left, **stamp, **record}
+        self.runs[key_of(task)] = {**left, **stamp, "settings": task.get("stages"), **record}
         if record.get("done"):
             print(f"{task['label']}: {summary(record)}", flush=True)
         self.write()
@@ -211,7 +209,7 @@ class Results:
         except Exception as error:  # a table that cannot be made must not cost the runs
             self.report.result["tables"] = []
             print(f"tables: {failure(error)}", file=sys.stderr)
-        self.report.result |= {"runs": self.runs, "notes": [*NOTES, *side_by_side(self.runs), *made_at(self.runs)]}
+        self.report.result |= {"runs": self.runs, "notes": [*NOTES, *sampled_anew(self.runs), *made_at(self.runs)]}
         write_json(self.report.path, self.report.result)
 
 
@@ -224,10 +222,10 @@ def made_at(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"Runs are of several commits. {named}."] if len(labels) > 1 else []
 
 
-def side_by_side(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence on what shared a GPU while it was taught."""
-    most = max((run.get("at_once", 1) for run in runs.values() if run["kind"] == "recipe"), default=1)
-    return [f"Up to {most} runs shared a GPU: seconds and tokens a second are those of runs side by side."] if most > 1 else []
+def sampled_anew(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence on texts of the same kinds that are not the same."""
+    texts = {run["plan"]["text"] for run in main_runs(list(runs.values())) if run["plan"]}
+    return ["What the model wrote itself was sampled anew for some of the runs that stand in one table."] if len(texts) > 1 else []
 
 
 NOTES = [
@@ -292,9 +290,7 @@ def arguments() -> argparse.Namespace:
     add("--loss", choices=("kl", "next-token"), help="of fine-tuning (default: the recipe's)")
     add("--text", type=words, default=recipes_text.default_text(), help="of book, shakespeare (default: those that are installed)")
     add("--recall-tokens", type=int, default=0, help="train on so many tokens, too, of documents with numbers to recall")
-    add(
-        "--at-once", type=int, default=1, metavar="N", help="runs side by side on a GPU, which a small model alone leaves idle (default: 1)"
-    )
+    add("--at-once", type=int, default=1, metavar="N", help="runs side by side on a GPU (default: 1)")
     add("--self-tokens", type=int, default=0, help="train on so many tokens, too, that the model writes itself")
     add("--other-text", type=Path, help="a file to measure on (default: the GPL that a package carries)")
     add("--windows", type=int, default=32, help="held out at the end of the book, and of the other text at most")

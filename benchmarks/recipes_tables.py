@@ -152,7 +152,7 @@ def _start(run: Mapping[str, Any], good: Sequence[Mapping[str, Any]]) -> float |
 
 RATES = {"transfer_lr": "transfer at", "tune_lr": "tuning at", "share": "transfer's share"}  # asked for instead of the recipes' own
 QUALITY = ["recipe", "seeds", "tokens tuned", "swapped", "transferred", "in the end", "gap closed by transfer", "in all", "other text"]
-COSTS = ["recipe", "kept at 64k tokens", "new parameters", "transfer", "peak", "fine-tuning", "peak"]
+COSTS = ["recipe", "runs at once", "kept at 64k tokens", "new parameters", "transfer", "peak", "fine-tuning", "peak"]
 OTHERS = ["recipe", "seed", "settings", "in the end", "gap closed by transfer", "in all", "recall, right number likeliest"]
 
 
@@ -211,7 +211,7 @@ def _recall(some: Sequence[Mapping[str, Any]], what: str) -> str:
 def _costs(some: Sequence[Mapping[str, Any]]) -> list[str]:
     from subquad.bench.speed import bytes_text
 
-    cells = [bytes_text(some[0]["bytes_64k"]), f"{some[0]['new_parameters']:,}"]
+    cells = [str(max(run.get("at_once", 1) for run in some)), bytes_text(some[0]["bytes_64k"]), f"{some[0]['new_parameters']:,}"]
     for name in ("transfer", "finetune"):
         stages = [run["stages"][name] for run in some if name in run["stages"]]
         if not stages:

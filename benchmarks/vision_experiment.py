@@ -209,15 +209,16 @@ def rows(runs: list[dict[str, Any]], times: dict[str, float], task: Task) -> lis
     return [row for _, row in sorted(made, key=lambda pair: -pair[0])]
 
 
-def kept(path: Path, report: Report, plan: Plan) -> list[dict[str, Any]]:
+def kept(earlier: dict[str, Any], report: Report, plan: Plan) -> list[dict[str, Any]]:
     """The finished runs of an earlier result of this plan, whose seeds may be fewer."""
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if earlier.get("benchmark") != "vision_experiment":
+        raise SystemExit("vision_experiment: --add: a result of another benchmark")
     for name, theirs, ours in (
         ("device", earlier["device"], report.result["device"]),
         *((name, earlier["plan"].get(name, value), value) for name, value in vars(plan).items() if name != "seeds"),
     ):
         if theirs != ours:
-            raise SystemExit(f"vision_experiment: --add {path}: {name} {theirs!r} there, {ours!r} here")
+            raise SystemExit(f"vision_experiment: --add: {name} {theirs!r} there, {ours!r} here")
     return [{"commit": earlier["commit"], **run} for run in earlier["training"] if "error" not in run and run["seed"] < plan.seeds]
 
 
@@ -266,7 +267,6 @@ def main() -> int:
     parser.add_argument(
         "--add", type=Path, metavar="RESULT", help="keep the runs of this result of the same plan, and make those that it lacks"
     )
-    parser.add_argument("--no-speed", action="store_true", help="leave out the time of a step, where something else uses the device")
     parser.add_argument("--workers", type=int, help="processes side by side (default: nine on cuda, one on cpu)")
     parser.add_argument("--seconds", type=float, default=None, help="stop after so long (default: 190 on cuda, no limit on cpu)")
     given = parser.parse_args()
@@ -290,7 +290,8 @@ def main() -> int:
         given.device,
         (given.out or (ROOT / "runs" if given.quick else RESULTS)) / name,
     )
-    done = [] if given.add is None else kept(given.add, report, plan)
+    earlier = {} if given.add is None else json.loads(given.add.read_text(encoding="utf-8"))
+    done = kept(earlier, report, plan) if earlier else []
     task = plan.task
     report.result["plan"] = {**vars(plan), "side": task.side, "tested_on": list(task.tests), "mechanisms": list(MECHANISMS)}
     report.result["notes"] = [
@@ -304,9 +305,9 @@ def main() -> int:
         said = f"Of the runs, {len(done)} are of an earlier commit: {', '.join(f'`{one}`' for one in commits)}."
         bare = sum("rank" not in run for run in done)
         report.result["notes"].append(said + (f" {bare} of them have no rank: that column is of the others." if bare else ""))
-    if given.add is not None and "speed" in (earlier := json.loads(given.add.read_text(encoding="utf-8"))):
+    if "speed" in earlier:
         report.result["speed"] = earlier["speed"]
-    elif not given.no_speed:
+    else:
         report.fenced("speed", lambda _: speed(plan, given.device), seconds=60 if cuda else 600)
     workers = given.workers or (len(MECHANISMS) if cuda else 1)
     report.fenced("training", lambda r: train_all(r, plan, given.device, workers, deadline, done), seconds=10**6)

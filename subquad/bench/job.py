@@ -206,8 +206,10 @@ class _Words:
         if any(row.tuned_steps for row in rows):
             counts = sorted({stage_tokens(one.finetune) for one in self.run.subjects if one.finetune is not None})
             tokens = " or ".join(f"{count:,}" for count in counts)
+            maps = [one.label for one in self.run.subjects if one.finetune is not None and one.finetune.get("train_mechanism")]
+            also = f", and what the swap put in ({', '.join(maps)})" if maps else ""
             notes.append(
-                f"Fine-tuning: low-rank adapters, merged, on {tokens} tokens {where}; rows before it are of the same model without."
+                f"Fine-tuning: low-rank adapters, merged{also}, on {tokens} tokens {where}; rows before it are of the same model without."
             )
         compared = [one for one in self.run.subjects if one.recipe]
         if len(compared) > 1:

@@ -60,19 +60,18 @@ def perplexity(
     spans = list(windows(tokens, window, stride))[-limit if limit else 0 :]
     device, total, count = device_of(model), 0.0, 0
     with evaluating(model), bar("perplexity", len(spans), show=progress) as advance:
-        for some in _together(spans, lambda span: span[0].shape[0], device):
-            ids = pad_sequence([ids for ids, _ in some], batch_first=True).to(device)
+        for some in _together(spans, lambda _: window, device):
+            ids = torch.stack([span.tokens for span in some]).to(device)
             logits = model(input_ids=ids, use_cache=False).logits
-            for row, (alone, scored) in enumerate(some):
-                end = alone.shape[0]
-                total += _nll(logits[row, end - scored - 1 : end - 1], ids[row, end - scored : end])
+            for row, seen, (_, scored) in zip(logits, ids, some):
+                total += _nll(row[-scored - 1 : -1], seen[-scored:])
                 count += scored
                 advance()
     return Perplexity(total / count, count, len(spans))
 
 
 def _together(items: Sequence[Item], length: Callable[[Item], int], device: torch.device) -> Iterator[Sequence[Item]]:
-    """Neighbours that one pass takes, with padding on the right, which what is causal does not see."""
+    """Neighbours that one pass takes."""
     start, most = 0, _TOKENS.get(device.type, 0)
     while start < len(items):
         stop, longest = start + 1, length(items[start])
@@ -215,6 +214,7 @@ def answered(model: Any, questions: Sequence[Question], advance: Callable[[], An
     choice is likelier than its rivals, by the first token in which they differ."""
     device, found = device_of(model), []
     for some in _together(questions, lambda question: len(question.ids), device):
+        # padded on the right, which what is causal does not see
         ids = pad_sequence([torch.tensor(question.ids) for question in some], batch_first=True).to(device)
         first = min(question.start for question in some)
         kept = ids.shape[1] - first + 1  # places, of which the first predicts token `first`
@@ -231,7 +231,7 @@ def answered(model: Any, questions: Sequence[Question], advance: Callable[[], An
 def _keeping(model: Any, count: int) -> dict[str, int]:
     """The argument that has a model of transformers compute its last logits alone, where it has one."""
     known = inspect.signature(model.forward).parameters.values()
-    takes = any(p.name == "logits_to_keep" or p.kind is p.VAR_KEYWORD for p in known)
+    takes = any(p.name == "logits_to_keep" or (p.kind is p.VAR_KEYWORD and hasattr(model, "config")) for p in known)
     return {"logits_to_keep": count} if takes else {}
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from subquad.checks import InputError, nearest
 from subquad.convert.checkpoint import Checkpoints
@@ -29,7 +28,7 @@ from subquad.convert.distill import described
 from subquad.convert.feed import Feed
 from subquad.convert.graphs import Graphed, plain
 from subquad.convert.lora import TARGETS, add_lora, drop_lora, projections, without_lora
-from subquad.convert.loss import labels_of, next_token_loss, summed_loss
+from subquad.convert.loss import divergence, labels_of, next_token_loss
 from subquad.convert.run import Bar, Run, check_counts, check_rate, seeded
 from subquad.convert.swap import swapped
 from subquad.convert.transfer import moved, originals
@@ -218,9 +217,8 @@ class _Judge:
         target = self._target(batch) if self.weight else None
         logits = forward(**{key: x for key, x in batch.items() if key != "labels"}, use_cache=False).logits
         labels = labels_of(batch)
-        if target is None:
-            return next_token_loss(logits, F.pad(labels, (0, 1), value=-100))  # the last place predicts nothing
-        return summed_loss(logits[:, :-1], labels, target[:, :-1], self.weight)
+        away = logits.new_zeros(()) if target is None else self.weight * divergence(logits, labels, target)
+        return away if self.weight == 1 else away + (1 - self.weight) * next_token_loss(logits, labels)
 
     @torch.no_grad()
     def _target(self, batch: dict[str, Any]) -> Tensor:

@@ -63,8 +63,8 @@ def projections(model: nn.Module, targets: Sequence[str]) -> list[str]:
 def add_lora(model: nn.Module, paths: Sequence[str], rank: int, alpha: float) -> dict[str, nn.Parameter]:
     """Put adapters on the linear layers at these paths; returns their parameters, of the weights' dtype, by name.
 
-    All other parameters stop to require gradients. Products with 16-bit adapters take a fraction of the time of float32 ones; a `Run`
-    keeps what they learn in float32.
+    All other parameters stop to require gradients. Beside 16-bit weights a `Run` keeps what they learn in
+    float32.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -79,7 +79,7 @@ def add_lora(model: nn.Module, paths: Sequence[str], rank: int, alpha: float) ->
     for name, p in found.items():
         adapted: Any = model.get_submodule(name.partition(".lora_")[0])
         beside = adapted.get_base_layer().weight.dtype
-        p.data = p.data.to(beside if beside.is_floating_point else torch.float32)  # quantised weights are of integers
+        p.data = p.data.to(beside if beside.is_floating_point and beside.itemsize > 1 else torch.float32)  # beside quantised weights
         p.requires_grad_(True)
     return found
 

@@ -18,13 +18,14 @@ NOTHING = -100  # the label of a place that predicts nothing
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy, summed over the places where `labels` is not -100, in float32 or float64.
 
-    `summed_loss` without a target, in a fraction of its memory: of 16-bit logits there is never a float32 copy, nor one of their
+    Of 16-bit logits there is never a float32 copy, nor one of their
     logarithms, which for large vocabularies take more than the model.
 
     Args:
         logits: ``[B, N, V]``.
-        labels: ``[B, N]``.
+        labels: ``[B, N − 1]``, what all places but the last predict.
     """
+    labels = F.pad(labels, (0, 1), value=NOTHING)  # so that the logits need not be cut, which would copy them
     total: Tensor = _NextToken.apply(logits.flatten(0, -2), labels.flatten())
     return total
 
@@ -61,25 +62,19 @@ def labels_of(batch: dict[str, Any]) -> Tensor:
     labels = batch.get("labels", ids)[:, 1:]
     if mask is None:
         return labels
-    return labels.where((mask[:, 1:] != 0) & (mask[:, :-1] != 0), -100)
+    return labels.where((mask[:, 1:] != 0) & (mask[:, :-1] != 0), NOTHING)
 
 
-def summed_loss(logits: Tensor, labels: Tensor, target: Tensor | None = None, weight: float = 0.0) -> Tensor:
-    """Summed over the places where `labels` is not -100.
+def divergence(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+    """Of the student from the teacher, summed over the places where `labels` is not -100.
 
     Args:
         logits: ``[B, N, V]``.
-        labels: ``[B, N]``.
-        target: the teacher's logits.
-        weight: of the divergence from it; 1 − weight is of the labels' cross-entropy.
+        labels: ``[B, N − 1]``, what all places but the last predict.
+        target: the teacher's logits ``[B, N, V]``.
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_p, total = logits.to(wide).log_softmax(-1), logits.new_zeros((), dtype=wide)
-    if weight < 1:
-        total = total + (1 - weight) * F.nll_loss(log_p.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
-    if target is not None and weight:
-        there = labels != -100
-        target = target.to(wide).where(there[..., None], 0.0).log_softmax(-1)  # whose gradient is no number times 0 where it is none
-        away = F.kl_div(log_p, target, reduction="none", log_target=True).sum(-1)
-        total = total + weight * away.where(there, 0.0).sum()
-    return total
+    there = labels != NOTHING
+    target = target[:, :-1].to(wide).where(there[..., None], 0.0).log_softmax(-1)  # a number where no place is seen, whose gradient is 0
+    away = F.kl_div(logits[:, :-1].to(wide).log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
+    return away.where(there, 0.0).sum()

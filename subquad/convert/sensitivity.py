@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from subquad.checks import InputError
 from subquad.convert.loss import labels_of, next_token_loss
@@ -104,7 +103,7 @@ def _nll(model: Any, batches: Sequence[dict[str, Any]]) -> float:
         model.eval()
         for batch in batches:
             logits = model(**{key: x for key, x in batch.items() if key != "labels"}, use_cache=False).logits
-            labels = F.pad(labels_of(batch), (0, 1), value=-100)  # the last place predicts nothing
+            labels = labels_of(batch)
             total += float(next_token_loss(logits, labels))
             count += int((labels != -100).sum())
     finally:

@@ -145,13 +145,13 @@ def project_heads(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return y if bias is None else y + bias
 
 
-PIECE = {"cuda": 512}  # rows of a gradient that are added up by one product; elsewhere all of them
+PIECE = 512  # rows of a gradient that are added up by one product
 
 
 class RowsProduct(torch.autograd.Function):
-    """``[H, T, D] @ [H, D, F]``, whose gradient of the second is on a GPU summed over T in pieces, side by side.
+    """``[H, T, D] @ [H, D, F]``, whose gradient of the second is summed over T in pieces, side by side, for a GPU.
 
-    As one product a head, few programs would add up all of T one after another, which takes a third of a transfer's time on a GPU.
+    As one product a head, few programs would add up all of T one after another.
     """
 
     generate_vmap_rule = True
@@ -172,13 +172,9 @@ class RowsProduct(torch.autograd.Function):
         of_rows = grad @ weight.transpose(1, 2) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return of_rows, None
-        piece = PIECE.get(rows.device.type, rows.shape[1] + 1)
-        whole = rows.shape[1] // piece * piece
-        total = rows[:, whole:].transpose(1, 2) @ grad[:, whole:]
-        if whole:
-            pieces, pieces_grad = (x[:, :whole].unflatten(1, (-1, piece)) for x in (rows, grad))
-            total = total + (pieces.transpose(2, 3) @ pieces_grad).sum(1)
-        return of_rows, total
+        whole = rows.shape[1] // PIECE * PIECE
+        pieces, pieces_grad = (x[:, :whole].unflatten(1, (-1, PIECE)) for x in (rows, grad))
+        return of_rows, (pieces.transpose(2, 3) @ pieces_grad).sum(1) + rows[:, whole:].transpose(1, 2) @ grad[:, whole:]
 
 
 def _project(x: Tensor, weight: Tensor) -> Tensor:
@@ -186,8 +182,9 @@ def _project(x: Tensor, weight: Tensor) -> Tensor:
     dtype, heads = compute_dtype(x), x.shape[2]
     each = weight.to(dtype).unflatten(0, (heads, -1))  # [Hx, H / Hx, D, F]
     rows = x.to(dtype).flatten(0, 1).transpose(0, 1)  # [Hx, B · N, D]
-    y = RowsProduct.apply(rows, each.transpose(1, 2).flatten(2))
-    return y.transpose(0, 1).unflatten(0, x.shape[:2]).unflatten(-1, each.shape[1::2])
+    each = each.transpose(1, 2).flatten(2)
+    y = RowsProduct.apply(rows, each) if x.is_cuda else rows @ each
+    return y.transpose(0, 1).unflatten(0, x.shape[:2]).unflatten(-1, (-1, weight.shape[-1]))
 
 
 @full_precision

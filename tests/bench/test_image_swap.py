@@ -143,7 +143,6 @@ def test_the_command(folders, photos, tmp_path):
 
 
 def test_a_name_of_timm_and_the_photographs_of_scikit_learn():
-    pytest.importorskip("sklearn")
     done = call("test_vit", "--to", "mala", "--layers", "0")
     assert done.exit_code == 0, done.output
     assert "mala" in done.stdout and "the weights that it was first made with" in done.stdout and "Nothing was written" in done.stdout

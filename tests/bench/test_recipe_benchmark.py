@@ -104,12 +104,13 @@ def run(label, seed=0, plan=PLAN, **points):
     }  # fmt: skip
 
 
-def test_texts_sampled_anew_are_the_same_settings(parts):
+def test_texts_sampled_anew_are_the_same_settings_and_named(parts, main):
     plans = [PLAN | {"text": f"book + 1000 of its own ({digest})"} for digest in ("0123456789ab", "ba9876543210")]
     runs = [run(f"recipe {i}", plan=plan, start=4.0, finetune=3.0) for i, plan in enumerate(plans)]
     assert parts._tables.main_runs(runs) == runs
     other = run("other", plan=PLAN | {"text": "book (0123456789ab)"}, start=4.0, finetune=3.0)
     assert parts._tables.main_runs([*runs, other]) == runs
+    assert main.sampled_anew(dict(enumerate(runs))) and not main.sampled_anew({0: runs[0], 1: other})
 
 
 def test_tables_say_what_was_measured(parts):
@@ -130,7 +131,7 @@ def test_tables_say_what_was_measured(parts):
     assert made["Recipes with other settings"]["rows"] == [["lolcats", "0", "tune_lr 0.001", "22.76", "50 %", "88 %", "50 %"]]
     assert made["What failed"]["rows"] == [["liger", "recipe", "0", "ValueError: no"]]
     costs = made["What the recipes cost, 6 M tokens each"]["rows"][1]
-    assert costs == ["lolcats", "1 MiB", "1,000", "50 s, 60,000 tokens/s", "2 GiB", "50 s, 60,000 tokens/s", "2 GiB"]
+    assert costs == ["lolcats", "1", "1 MiB", "1,000", "50 s, 60,000 tokens/s", "2 GiB", "50 s, 60,000 tokens/s", "2 GiB"]
     assert all(len(row) == len(table["columns"]) for table in made.values() for row in table["rows"])
 
 
@@ -210,5 +211,3 @@ def test_runs_side_by_side_take_every_gpu_first(main, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert main.places("cuda", 2) == [("2", 0), ("5", 0), ("2", 1), ("5", 1)]
     assert main.places("cpu", 1) == [(None, 0)]
-    runs = {"a": {"kind": "recipe", "at_once": 3}, "b": {"kind": "speed", "at_once": 4}}
-    assert "Up to 3 runs" in main.side_by_side(runs)[0] and main.side_by_side({"b": runs["b"]}) == []

@@ -6,7 +6,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import subquad
 from subquad import InputError, Rotary, Shape
-from subquad.ops.feature_maps import PIECE, RowsProduct
+from subquad.ops import feature_maps
+from subquad.ops.feature_maps import RowsProduct
 
 FORMS = ("sw", "tk")
 BY_FORM = pytest.mark.parametrize("window_form", FORMS)
@@ -307,12 +308,18 @@ def test_far_weights_do_not_change_with_distance():
 
 @pytest.mark.parametrize("tokens", [0, 3, 8, 21])
 def test_the_gradient_of_maps_in_pieces_is_that_of_one_product(tokens, monkeypatch):
-    monkeypatch.setitem(PIECE, "cpu", 4)
+    monkeypatch.setattr(feature_maps, "PIECE", 4)
     rows, weight, grad = (torch.randn(*s, dtype=torch.float64) for s in ((3, tokens, 5), (3, 5, 7), (3, tokens, 7)))
     found, expected = [], []
     for product, into in ((RowsProduct.apply, found), (torch.matmul, expected)):
         x, w = rows.clone().requires_grad_(), weight.clone().requires_grad_()
         into += torch.autograd.grad(product(x, w), (x, w), grad)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for learns, kept in ((0, weight), (1, rows)):  # of two operands that alone which the other's gradient needs
+        saved = []
+        x, w = (t.clone().requires_grad_(i == learns) for i, t in enumerate((rows, weight)))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.shape) or t, lambda t: t):
+            RowsProduct.apply(x, w)
+        assert saved == [kept.shape]
     x, w = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(RowsProduct.apply, (x, w)) and torch.autograd.gradgradcheck(RowsProduct.apply, (x, w))

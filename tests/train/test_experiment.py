@@ -4,6 +4,7 @@ import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,15 +61,13 @@ def test_a_row_is_of_its_own_runs_and_the_best_comes_first(experiment):
     assert all(len(row) == len(task.columns) for row in rows)
 
 
-def test_plain_digits_of_either_source_and_their_tokens(experiment):
-    for data, tokens, shape in (("mnist", 196, (1, 56, 56)), ("digits", 64, (1, 32, 32))):
-        plan = replace(experiment.QUICK, data=data)
-        if data == "digits":
-            pytest.importorskip("sklearn")
-        (only,) = experiment.data_sets(plan)
-        assert only.shape == shape and only.name == data and len(only.labels) == 128
-        assert experiment.backbone(plan, "rala", 0).patch_embed(torch.rand(1, *shape)).shape[1] == tokens
-        assert plan.task.columns[2:4] == ("accuracy", "half-way")
+@pytest.mark.parametrize("data, tokens, shape", [("mnist", 196, (1, 56, 56)), ("digits", 64, (1, 32, 32))])
+def test_plain_digits_of_either_source_and_their_tokens(experiment, data, tokens, shape):
+    plan = replace(experiment.QUICK, data=data)
+    (only,) = experiment.data_sets(plan)
+    assert only.shape == shape and only.name == data and len(only.labels) == 128
+    assert experiment.backbone(plan, "rala", 0).patch_embed(torch.rand(1, *shape)).shape[1] == tokens
+    assert plan.task.columns[2:4] == ("accuracy", "half-way")
 
 
 def test_the_rank_is_of_what_attention_gives(experiment):
@@ -96,21 +95,19 @@ def test_a_run_that_fails_says_so_and_the_others_go_on(experiment):
     assert found["mechanism"] == "softmx" and "nearest: softmax" in found["error"]
 
 
-def test_an_earlier_result_is_gone_on_from(experiment, tmp_path):
-    import json
-    from types import SimpleNamespace
-
+def test_an_earlier_result_is_gone_on_from(experiment):
     plan = experiment.QUICK
     runs = [
         {"mechanism": "rala", "seed": 0, "accuracy": {}},
         {"mechanism": "mala", "seed": 0, "error": "x"},
         {"mechanism": "rala", "seed": 5},
     ]
-    earlier = {"device": "card", "commit": "abc", "plan": {**vars(plan), "seeds": 1}, "training": runs}
-    (tmp_path / "r.json").write_text(json.dumps(earlier))
+    earlier = {"benchmark": "vision_experiment", "device": "card", "commit": "abc", "plan": {**vars(plan), "seeds": 1}, "training": runs}
     report = SimpleNamespace(result={"device": "card"})
-    assert experiment.kept(tmp_path / "r.json", report, plan) == [{**runs[0], "commit": "abc"}]
+    assert experiment.kept(earlier, report, plan) == [{**runs[0], "commit": "abc"}]
     with pytest.raises(SystemExit, match="epochs 2 there, 3 here"):
-        experiment.kept(tmp_path / "r.json", report, replace(plan, epochs=3))
+        experiment.kept(earlier, report, replace(plan, epochs=3))
+    with pytest.raises(SystemExit, match="another benchmark"):
+        experiment.kept({"benchmark": "kernels"}, report, plan)
     with pytest.raises(SystemExit, match="device 'card' there, 'other' here"):
-        experiment.kept(tmp_path / "r.json", SimpleNamespace(result={"device": "other"}), plan)
+        experiment.kept(earlier, SimpleNamespace(result={"device": "other"}), plan)

@@ -111,6 +111,5 @@ def test_bad_data_is_one_clear_line(tmp_path, monkeypatch):
 
 
 def test_digits_of_scikit_learn():
-    pytest.importorskip("sklearn")
     data = images.load("digits", 16)
     assert data.images.shape == (1438, 1, 16, 16) and len(data.test_images) == 359

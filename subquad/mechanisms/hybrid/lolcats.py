@@ -100,6 +100,9 @@ class Lolcats(Attention):
         for name, value, known in (("window_form", window_form, ("sw", "tk")), ("init", init, ("identity", "kaiming"))):
             if value not in known:
                 raise InputError(name, repr(value), " or ".join(known))
+        for name, flag in (("affine_factors", affine_factors), ("far_rotary", far_rotary)):
+            if not isinstance(flag, bool):
+                raise InputError(name, repr(flag), "True or False")
         for name, size in (("window", window), ("feature_dim", feature_dim)):
             if not isinstance(size, int) or size < 1:
                 raise InputError(name, size, "a positive integer")
@@ -112,6 +115,8 @@ class Lolcats(Attention):
         self.held = _held(window, window_form, sinks)
         if sinks:
             self.card = replace(self.card, keeps=self.card.keeps + ", and those of the first {sinks} tokens")
+        if not far_rotary:
+            self.card = replace(self.card, keeps=self.card.keeps + "; keys turned and unturned")
         for name in ("W_q", "W_k"):
             weight = torch.eye(head_dim, feature_dim).repeat(heads, 1, 1)
             if init == "kaiming":

@@ -80,6 +80,21 @@ def test_strong_decays(decay):
     check(inputs(1, 70, (1, 1, 1), 16, 16, decay=decay))
 
 
+@pytest.mark.parametrize("decay", [None, 0.1, 5.0])
+def test_segments(decay, monkeypatch, request):
+    from subquad.ops import launch as table
+    from subquad.ops.linear import launch
+
+    monkeypatch.setattr(table, "SEGMENT", 1)
+    monkeypatch.setattr(table, "processors", lambda device: 16)
+    seen = []
+    monkeypatch.setattr(launch, "choose", lambda *a: seen.append(table.choose.__wrapped__(*a)) or seen[-1])
+    table.use({})  # forgets what was chosen before, and afterwards what is chosen here
+    request.addfinalizer(lambda: table.use({}))
+    check(inputs(1, 300, (1, 1, 1), 16, 64, decay=decay))
+    assert max(segments for _, segments in seen) > 1
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.97, 1.0])
 def test_repeated_keys(beta):
     given = inputs(1, 130, (1, 1, 1), 16, 16)

@@ -1,8 +1,9 @@
 """`delta_rule` by the Triton kernels, as torch custom operators: traced, exported, captured and differentiated as one node.
 
     o, x = solve(q, k, v, β)      u, w, v̇, β̇ = mirrored solve(ȯ, x)
-    q̇ = pass(ȯ, u, k)      k̇ = pass(w, u, k) for s < t + rpass(u, ȯ, q) + rpass(u, w, k) for s > t
+    q̇ = pass(ȯ, u, k)      k̇ = pass(w, u, k) for s < t + [rpass(u, ȯ, q) + rpass(u, w, k) for s > t]
 
+The two sums in brackets grow with the sequence, and all but cancel: one pass makes them, as the sum of their states stays small.
 Ġ = q·q̇ + k·(the first part of k̇ − the others) is summed from the end for the gradient of the decays.
 """
 
@@ -104,13 +105,12 @@ def backward(
         row = linear_pass(w, u, k, decay, x=k, strict=True, **ahead)
         turned = None if d_final is None else d_final.mT.contiguous()
         column = linear_pass(
-            u, do, q, decay, x=k, add=row.o, reverse=True, once=True, start=turned, start_scale=1 / scale, **same
+            u, do, q, decay, x=k, twin=w, add=row.o, reverse=True, once=True, start=turned, start_scale=1 / scale, **same
         )  # fmt: skip
-        rest = linear_pass(u, w, k, decay, x=k, add=column.o, strict=True, reverse=True, once=True, **same)
-        dk = rest.o
+        dk = column.o
         if need_decay:
-            assert rises is not None and row.dots is not None and column.dots is not None and rest.dots is not None
-            dg = gate_gradient(rises + row.dots, column.dots + rest.dots, ends, cu_seqlens, total)
+            assert rises is not None and row.dots is not None and column.dots is not None
+            dg = gate_gradient(rises + row.dots, column.dots, ends, cu_seqlens, total)
     grads = (dq, dk, dv, dbeta.sum(2).mT, dg, None if d_state is None else d_state * scale)
     return [
         _reduced(grad, axis, like) if grad is not None and like is not None and wanted else q.new_empty(0)

@@ -67,19 +67,21 @@ def add_pairs(acc, scores, p, kept, tc, source, EXACT: tl.constexpr, MT: tl.cons
 
 @triton.jit(do_not_specialize=["N", "segments", "scale", "start_scale"])
 def pass_kernel(
-    a, b, c, x, add, P, risky, cu, start, o, final, dots, totals,
+    a, b, c, x, w, add, P, risky, cu, start, o, final, dots, totals,
     sa_b, sa_h, sb_b, sb_h, sc_b, sc_h, sx_b, sx_h, N, segments, scale, start_scale,
     sa_n: tl.constexpr, sb_n: tl.constexpr, sc_n: tl.constexpr, sx_n: tl.constexpr,
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
     ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, START: tl.constexpr,
-    FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
-    PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, TWIN: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
+    SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One pass over one segment of one sequence, for one head and one tile of columns.
 
     Args:
         a ``[B, N, H/GA, D]``, b ``[B, N, H/GB, D]``, c ``[B, N, H/GC, V]``, by strides; o ``[B, N, H, V]``, contiguous.
+        w: with TWIN ``[B, N, H, D]``, contiguous: a second, strict sum of the same queries a over keys w and values x, which shares
+            the state. x ``[B, N, H/GX, V]``, by strides.
         add: with ADD ``[B, N, H, V]``, contiguous: joins the output. STRICT leaves each token's own source out of it.
         P: decays as log2: per token `sums_kernel`'s, per channel the totals of `weigh_kernel`.
         risky: per channel, marks of the chunks whose pairs are left out.
@@ -108,8 +110,10 @@ def pass_kernel(
     MT: tl.constexpr = tl.float32 if WIDE else a.dtype.element_ty
     PW: tl.constexpr = C if DECAY == TOKEN else D if DECAY == CHANNEL else V  # what P holds of a chunk
     seen = (rows[:, None] <= rows[None, :]) if REVERSE else (rows[:, None] >= rows[None, :])
-    if STRICT:
-        seen = seen & (rows[:, None] != rows[None, :])
+    others = seen & (rows[:, None] != rows[None, :])
+    # s = t cancels in the gradient of decays; beside strong ones it is most of a row sum, and stays out of it for its digits
+    OWN: tl.constexpr = DOT and EXACT and not STRICT and tl.float32 == MT
+    seen = others if STRICT or OWN else seen
 
     here = (i_b * N + begin) * H + i_h
     b += i_b * sb_b + begin * sb_n + (i_h // GB) * sb_h
@@ -117,8 +121,11 @@ def pass_kernel(
     if OUT:
         a += i_b * sa_b + begin * sa_n + (i_h // GA) * sa_h
         o += here * V
-    if DOT:
+    if DOT or TWIN:
         x += i_b * sx_b + begin * sx_n + (i_h // GX) * sx_h
+    if TWIN:
+        w += here * D
+    if DOT:
         dots += ((i_b * H + i_h) * TILES + i_v) * N + begin
     if ADD:
         add += here * V
@@ -161,7 +168,7 @@ def pass_kernel(
         tc = load_tile(c + at * sc_n, sc_n, rows, left, vs, V, VP).to(MT)
         if OUT:
             ta = load_tile(a + at * sa_n, sa_n, rows, left, ds, D, BD).to(MT)
-        if DOT:
+        if DOT or TWIN:
             tx = load_tile(x + at * sx_n, sx_n, rows, left, vs, V, VP)
         if ADD:
             added = load_tile(add + at * (H * V), H * V, rows, left, vs, V, VP)
@@ -201,8 +208,9 @@ def pass_kernel(
             S = tl.dot(tl.trans((tb * enters).to(MT)), tc, S, input_precision=IP)
         else:
             S = tl.dot(tl.trans(tb), source, S, input_precision=IP)
-        if DOT:
+        if DOT or TWIN:
             tx = tx.to(tl.float32)
+        if DOT:
             if EXACT:
                 products = acc * (rounded(tx * row, MT) - tx * row)
             else:
@@ -210,6 +218,14 @@ def pass_kernel(
         if OUT:
             acc = acc * row if EXACT else acc
             acc = add_pairs(acc, scores, p, kept, tc, source, EXACT, MT, IP)
+            if OWN:
+                own = tl.sum(tl.where(rows[:, None] == rows[None, :], scores, 0.0), 1)[:, None]
+        if TWIN:
+            tw = load_tile(w + at * (H * D), H * D, rows, left, ds, D, BD).to(MT)
+            source = (tx * enters if DECAY == TOKEN else tx).to(MT)
+            if OUT:
+                acc = add_pairs(acc, tl.dot(ta, tl.trans(tw), input_precision=IP), p, others, tx.to(MT), source, EXACT, MT, IP)
+            S = tl.dot(tl.trans(tw), source, S, input_precision=IP)
         if DECAY >= CHANNEL and REVERSE:
             S *= base
 
@@ -217,6 +233,8 @@ def pass_kernel(
             products = products + acc * tx if EXACT else acc * mirrored
             factor = scale if EXACT else scale * tl.exp2(-total.to(tl.float32))
             tl.store(dots + at + rows, tl.sum(products, 1) * factor, mask=rows < left)
+        if OWN:
+            acc += own * tc.to(tl.float32)
         if OUT:
             acc *= row * scale if DECAY == TOKEN and not EXACT else scale
             if ADD:

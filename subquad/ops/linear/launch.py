@@ -101,19 +101,20 @@ def linear_pass(
     x: Tensor | None = None,
     dots: bool = False,
     strict: bool = False,
+    twin: Tensor | None = None,
     add: Tensor | None = None,
 ) -> Passed:
     """One pass, see `kernels.pass_kernel`. `left` weighs b where it enters the state, `split` reads the state in full, and `dots`
-    asks for the row sums of the output times x."""
+    asks for the row sums of the output times x. `twin` are the keys of a second sum, of values x."""
     batch, tokens, _, width = a.shape
     columns, device, sequences = c.shape[3], a.device, count_sequences(a, cu)
-    x, start = x if dots else None, None if start is None else start.contiguous()
+    x, start = x if dots or twin is not None else None, None if start is None else start.contiguous()
     by = (*a.stride()[:3:2], *b.stride()[:3:2], *c.stride()[:3:2], *((0, 0) if x is None else x.stride()[:3:2]))
     plan = _plan(
         steps_of(a, b, c, x), cdiv(tokens, CHUNK), width, columns,
         a.shape[2], b.shape[2], c.shape[2], (c if x is None else x).shape[2], a.dtype, device,
         decay.family, column, decay.both, 1 if decay.values is None else decay.values.shape[1], sequences, cu is not None, heads, group,
-        once, reverse, strict, start is not None, final, left, add is not None, dots, dots or split,
+        once, reverse, strict, start is not None, final, left, twin is not None, add is not None, dots, dots or split,
     )  # fmt: skip
     o = torch.empty(batch, tokens, heads, columns, dtype=dtype, device=device)
     sums = torch.empty(batch, heads, plan.tiles, tokens, dtype=torch.float32, device=device) if dots else None
@@ -123,7 +124,7 @@ def linear_pass(
             last.zero_() if start is None else last.copy_((first_of_group(start, heads) if once else start) * start_scale)
         return Passed(o, last, None if sums is None else sums.zero_())
 
-    tensors = a, b, c, x, add, decay.values, decay.risky, cu
+    tensors = a, b, c, x, twin, add, decay.values, decay.risky, cu
     if plan.segments == 1:
         for launch in plan.run:
             launch(plan.grid, (*tensors, start, o, last, sums, None), by, (tokens, 1, scale, start_scale))
@@ -156,14 +157,15 @@ class _Plan(NamedTuple):
 def _plan(
     steps: tuple[int, ...], chunks: int, width: int, columns: int, a_heads: int, b_heads: int, c_heads: int, x_heads: int,
     dtype: torch.dtype, device: torch.device, family: str, column: bool, both: bool, decay_heads: int, sequences: int, packed: bool,
-    heads: int, group: int, once: bool, reverse: bool, strict: bool, started: bool, final: bool, left: bool, add: bool, dots: bool,
-    split: bool,
+    heads: int, group: int, once: bool, reverse: bool, strict: bool, started: bool, final: bool, left: bool, twin: bool, add: bool,
+    dots: bool, split: bool,
 ) -> _Plan:  # fmt: skip
     """Found again by position, as the host has less time than the kernels take."""
     kernel = "heavy" if split or add else "pass"
     rows, segments = choose(kernel, width, columns, bits_of(dtype), device, family, sequences * heads, chunks)
     tile = min(rows.columns, padded(columns))
     tiles, state_heads, whole = cdiv(columns, tile), heads if once else heads // group, segments == 1
+    stages = (rows.stages + 1) // 2 if twin else rows.stages  # each holds two sums' tiles
     rows_by = dict(zip(("sa_n", "sb_n", "sc_n", "sx_n"), steps))
     kind, bf16 = {"none": 0, "scalar": 1, "channel": 3 if column else 2}[family], dtype == torch.bfloat16
 
@@ -172,9 +174,9 @@ def _plan(
         return launcher(
             kernels.pass_kernel, **rows_by, H=n, **per_head, GS=grouped, ONCE=once and whole and (started or final), D=width, V=columns,
             BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, **way, REVERSE=reverse, STRICT=strict, START=out and (started or not whole),
-            FINAL=(final and whole) or not out, LEFT=left and bf16 and kind == 1, OUT=out, ADD=out and add, DOT=out and dots,
-            SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16,
-            IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,
+            FINAL=(final and whole) or not out, LEFT=left and bf16 and kind == 1, OUT=out, TWIN=twin, ADD=out and add,
+            DOT=out and dots, SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16,
+            IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=stages,
         )  # fmt: skip
 
     block = 1024

@@ -6,7 +6,7 @@ parameters, which come first, and if `choose` would take it at the shape it was 
 parameters loses the device to the whole process: each row is found in a process apart, and once more without those. For a
 pass of few programs the row for many is a candidate too: `choose` then cuts the sequences into segments. A row stays unless
 another is 2% faster. "pass" is timed as the whole linear operator, forward and backward, "heavy" in both directions; the
-other kernels one call each.
+others one call each.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ Results = dict[str, Tensor]
 
 KERNELS = {  # slowest first
     **dict.fromkeys(("pass", "heavy"), ("channel", "scalar", "none")),
-    **dict.fromkeys(("mirror", "solve", "inverse"), ("scalar", "none")),
+    **dict.fromkeys(("keys", "queries", "mirror", "solve", "inverse"), ("scalar", "none")),
 }
-CUTTABLE = "pass", "heavy"
+CUTTABLE = launch.CUT
 MANY = {
-    **{kernel: [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (128, 8, 2), (128, 8, 3)] for kernel in CUTTABLE},
+    **{kernel: [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (128, 8, 2), (128, 8, 3)] for kernel in ("pass", "heavy")},
+    **{kernel: [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3), (64, 8, 2), (128, 8, 2)] for kernel in ("keys", "queries")},
     "mirror": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (128, 8, 1), (128, 8, 2)],
     "solve": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (128, 8, 1), (128, 8, 2)],
     "inverse": [(64, 1, 1), (64, 2, 1), (64, 4, 1)],
@@ -159,10 +160,15 @@ def operation(case: Case, size: Shape, dtype: torch.dtype, device: str) -> Calla
             return {"ahead": ahead.o, "back": back.o, "dots": None if ahead.dots is None or back.dots is None else ahead.dots + back.dots}
 
         return gradients
+    x = torch.randn_like(v)
+    if case.kernel in ("keys", "queries"):  # x and v for u and w
+        some: dict[str, Any] = {"cu": None, "heads": heads, "dtype": dtype, "dots": g is not None}
+        if case.kernel == "queries":
+            return lambda: linear_pass(do, x, k, decay, x=q, more_queries=v, **some)._asdict()
+        return lambda: linear_pass(x, do, q, decay, x=k, more_keys=v, add=k, reverse=True, **some)._asdict()
     beta = 0.1 * torch.rand(batch, tokens, heads, device=device)  # small: the states must stay finite with an M that fits no keys
     if case.kernel == "inverse":
         return lambda: {"M": inverse(k, beta, decay, None)}
-    x = torch.randn_like(v)
     M_shape, M_dtype = inverse_shape(k, heads, None)
     M = (0.02 * torch.randn(M_shape, device=device)).tril(-1).to(M_dtype)
     given: dict[str, Any] = {"scale": scale, "start": None, "final": False}

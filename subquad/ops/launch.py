@@ -31,7 +31,8 @@ def processors(device: torch.device) -> int:
 
 
 # (kernel, padded head dim, bits, decay) -> parameters when there are many programs, and when there are few. A "heavy" pass also reads
-# the state in two parts, or adds to its output. Rows of the delta kernels for few programs are estimates.
+# the state in two parts, or adds to its output; "queries" and "keys" are passes of two sums. Rows of the delta rule's kernels for few
+# programs are estimates.
 TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("pass", 64, 16, "none"): (Config(64, 4, 3), Config(32, 4, 4)),
     ("pass", 64, 16, "scalar"): (Config(64, 4, 3), Config(32, 4, 4)),
@@ -45,6 +46,14 @@ TABLE: dict[tuple[str, int, int, str], tuple[Config, Config]] = {
     ("heavy", 128, 16, "none"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("heavy", 128, 16, "scalar"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("heavy", 128, 16, "channel"): (Config(64, 4, 2), Config(64, 4, 2)),
+    ("queries", 64, 16, "none"): (Config(64, 4, 2), Config(64, 4, 2)),
+    ("queries", 64, 16, "scalar"): (Config(64, 4, 2), Config(64, 4, 2)),
+    ("queries", 128, 16, "none"): (Config(64, 4, 1), Config(64, 4, 1)),
+    ("queries", 128, 16, "scalar"): (Config(64, 4, 1), Config(64, 4, 1)),
+    ("keys", 64, 16, "none"): (Config(64, 4, 2), Config(64, 4, 2)),
+    ("keys", 64, 16, "scalar"): (Config(64, 4, 2), Config(64, 4, 2)),
+    ("keys", 128, 16, "none"): (Config(64, 4, 3), Config(64, 4, 3)),
+    ("keys", 128, 16, "scalar"): (Config(64, 4, 1), Config(64, 4, 1)),
     ("inverse", 64, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),
     ("inverse", 64, 16, "scalar"): (Config(64, 2, 1), Config(64, 2, 1)),
     ("inverse", 128, 16, "none"): (Config(64, 2, 1), Config(64, 2, 1)),
@@ -73,9 +82,11 @@ def config(kernel: str, width: int, bits: int, decay: str, few: bool) -> Config:
         return found[few]
     if width < 64 and bits == 16:
         return Config(64, 4, 3)
-    return Config(32, 8 if width > 128 else 4, 2 if width * bits <= 64 * 32 else 1)
+    room = width * bits <= 64 * 32 and kernel not in ("queries", "keys")
+    return Config(32, 8 if width > 128 else 4, 2 if room else 1)
 
 
+CUT = "pass", "heavy", "queries", "keys"  # kernels whose sequences can be cut
 SEGMENT = 16  # chunks in a segment, at least
 _remembering: list[Any] = []
 
@@ -98,7 +109,7 @@ def choose(
     many, few = (config(kernel, width, bits, decay, few=few) for few in (False, True))
     if programs * cdiv(columns, many.columns) >= 1.5 * slots:
         return many, 1
-    if kernel not in ("pass", "heavy") or programs * cdiv(columns, few.columns) >= 0.75 * slots or chunks < 2 * SEGMENT:
+    if kernel not in CUT or programs * cdiv(columns, few.columns) >= 0.75 * slots or chunks < 2 * SEGMENT:
         return few, 1
     return many, max(1, min(chunks // SEGMENT, 2 * slots // (programs * cdiv(columns, many.columns))))
 

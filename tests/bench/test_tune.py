@@ -198,12 +198,12 @@ def test_without_cuda_one_line(monkeypatch):
 def test_tiny_run_in_the_interpreter(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "WIDE", tune.WIDE[:1])
     before, out = dict(launch.TABLE), tmp_path / "launch.json"
-    kernels = [word for name in ("inverse", "solve", "mirror") for word in ("--kernel", name)]
+    kernels = [word for name in ("inverse", "solve", "mirror", "keys", "queries") for word in ("--kernel", name)]
     result = command("--device", "cpu", "--head-dim", "16", "--out", str(out), *kernels)
     assert result.exit_code == 0, result.output
     assert before == launch.TABLE
     rows = launch.read_rows(str(out), "x")
-    assert result.stdout.count("Config(") == 2 * len(rows) == 12
+    assert result.stdout.count("Config(") == 2 * len(rows) == 20
     assert eval("{" + result.stdout + "\n}", {"Config": Config}) == rows
     assert "--kernel" in command("--device", "cpu", "--kernel", "pas").stderr
 

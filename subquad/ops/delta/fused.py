@@ -3,7 +3,8 @@
     o, x = solve(q, k, v, β)      u, w, v̇, β̇ = mirrored solve(ȯ, x)
     q̇ = pass(ȯ, u, k)      k̇ = pass(w, u, k) for s < t + [rpass(u, ȯ, q) + rpass(u, w, k) for s > t]
 
-The two sums in brackets grow with the sequence, and all but cancel: one pass makes them, as the sum of their states stays small.
+The two passes ahead read one state. The two sums in brackets grow with the sequence, and all but cancel: one pass makes them,
+as the sum of their states stays small.
 Ġ = q·q̇ + k·(the first part of k̇ − the others) is summed from the end for the gradient of the decays.
 """
 
@@ -96,21 +97,21 @@ def backward(
     u, w, dv, dbeta, d_state = mirror(q, k, do, beta, M, x, decay, cu_seqlens, scale=scale, start=d_final, final=need_state)
 
     same: dict[str, Any] = {"cu": cu_seqlens, "heads": total, "dtype": q.dtype, "scale": scale, "dots": need_decay}
-    dq = dk = dg = rises = None
+    dq = dk = dg = None
     if need_q or need_k or need_decay:
-        ahead: dict[str, Any] = {"start": None if state is None else state.mT.contiguous(), **same}
-        done = linear_pass(do, u, k, decay, x=q, **ahead)
-        dq, rises = done.o, done.dots
+        keys = need_k or need_decay
+        before = None if state is None else state.mT.contiguous()
+        ahead = linear_pass(do, u, k, decay, x=q, start=before, more_queries=w if keys else None, **same)
+        dq = ahead.o
     if need_k or need_decay:
-        row = linear_pass(w, u, k, decay, x=k, strict=True, **ahead)
         turned = None if d_final is None else d_final.mT.contiguous()
-        column = linear_pass(
-            u, do, q, decay, x=k, twin=w, add=row.o, reverse=True, once=True, start=turned, start_scale=1 / scale, **same
+        back = linear_pass(
+            u, do, q, decay, x=k, more_keys=w, add=ahead.more, reverse=True, once=True, start=turned, start_scale=1 / scale, **same
         )  # fmt: skip
-        dk = column.o
+        dk = back.o
         if need_decay:
-            assert rises is not None and row.dots is not None and column.dots is not None
-            dg = gate_gradient(rises + row.dots, column.dots, ends, cu_seqlens, total)
+            assert ahead.dots is not None and back.dots is not None
+            dg = gate_gradient(ahead.dots, back.dots, ends, cu_seqlens, total)
     grads = (dq, dk, dv, dbeta.sum(2).mT, dg, None if d_state is None else d_state * scale)
     return [
         _reduced(grad, axis, like) if grad is not None and like is not None and wanted else q.new_empty(0)

@@ -30,6 +30,7 @@ from subquad.ops.triton_blocks import (
 )
 
 TOKEN, CHANNEL, COLUMN = (tl.constexpr(i) for i in (1, 2, 3))  # what DECAY is per; 0 is none
+KEYS, QUERIES = (tl.constexpr(i) for i in (1, 2))  # what MORE are; 0 is none
 
 
 @triton.jit(do_not_specialize=["N", "sequences"])
@@ -67,21 +68,21 @@ def add_pairs(acc, scores, p, kept, tc, source, EXACT: tl.constexpr, MT: tl.cons
 
 @triton.jit(do_not_specialize=["N", "segments", "scale", "start_scale"])
 def pass_kernel(
-    a, b, c, x, w, add, P, risky, cu, start, o, final, dots, totals,
+    a, b, c, x, w, add, P, risky, cu, start, o, more, final, dots, totals,
     sa_b, sa_h, sb_b, sb_h, sc_b, sc_h, sx_b, sx_h, N, segments, scale, start_scale,
     sa_n: tl.constexpr, sb_n: tl.constexpr, sc_n: tl.constexpr, sx_n: tl.constexpr,
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
     ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, START: tl.constexpr,
-    FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, TWIN: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
+    FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, MORE: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
     SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One pass over one segment of one sequence, for one head and one tile of columns.
 
     Args:
         a ``[B, N, H/GA, D]``, b ``[B, N, H/GB, D]``, c ``[B, N, H/GC, V]``, by strides; o ``[B, N, H, V]``, contiguous.
-        w: with TWIN ``[B, N, H, D]``, contiguous: a second, strict sum of the same queries a over keys w and values x, which shares
-            the state. x ``[B, N, H/GX, V]``, by strides.
+        w ``[B, N, H, D]``, contiguous, with MORE: KEYS of a second, strict sum of the same queries a, over values x, which shares
+            the state; or further QUERIES of it, whose strict sums go to `more`, like o. x ``[B, N, H/GX, V]``, by strides.
         add: with ADD ``[B, N, H, V]``, contiguous: joins the output. STRICT leaves each token's own source out of it.
         P: decays as log2: per token `sums_kernel`'s, per channel the totals of `weigh_kernel`.
         risky: per channel, marks of the chunks whose pairs are left out.
@@ -91,7 +92,7 @@ def pass_kernel(
             ONCE, as for gradients, the start enters the first of a group, and each head has its own final.
         LEFT: per token, weigh and round b, not c, where they enter the state, as the row sums of the backward do: what a final
             state adds to the decays' gradient then cancels with them.
-        dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x, without `add`.
+        dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x, without `add`, and of more·c.
         totals: without OUT, the decay over the segment, as log2 ``[sequences, H, segments, 1, D or V]``.
         SPLIT: read the state in two parts of MT, as the gradient of decays needs: between q·q̇ and k·k̇ much cancels, and
             rounding would add up. For that x is also weighed and rounded as the other direction's sources are.
@@ -121,10 +122,12 @@ def pass_kernel(
     if OUT:
         a += i_b * sa_b + begin * sa_n + (i_h // GA) * sa_h
         o += here * V
-    if DOT or TWIN:
+    if DOT or MORE == KEYS:
         x += i_b * sx_b + begin * sx_n + (i_h // GX) * sx_h
-    if TWIN:
+    if MORE:
         w += here * D
+    if MORE == QUERIES and OUT:
+        more += here * V
     if DOT:
         dots += ((i_b * H + i_h) * TILES + i_v) * N + begin
     if ADD:
@@ -168,7 +171,7 @@ def pass_kernel(
         tc = load_tile(c + at * sc_n, sc_n, rows, left, vs, V, VP).to(MT)
         if OUT:
             ta = load_tile(a + at * sa_n, sa_n, rows, left, ds, D, BD).to(MT)
-        if DOT or TWIN:
+        if DOT or MORE == KEYS:
             tx = load_tile(x + at * sx_n, sx_n, rows, left, vs, V, VP)
         if ADD:
             added = load_tile(add + at * (H * V), H * V, rows, left, vs, V, VP)
@@ -208,7 +211,7 @@ def pass_kernel(
             S = tl.dot(tl.trans((tb * enters).to(MT)), tc, S, input_precision=IP)
         else:
             S = tl.dot(tl.trans(tb), source, S, input_precision=IP)
-        if DOT or TWIN:
+        if DOT or MORE == KEYS:
             tx = tx.to(tl.float32)
         if DOT:
             if EXACT:
@@ -220,7 +223,7 @@ def pass_kernel(
             acc = add_pairs(acc, scores, p, kept, tc, source, EXACT, MT, IP)
             if OWN:
                 own = tl.sum(tl.where(rows[:, None] == rows[None, :], scores, 0.0), 1)[:, None]
-        if TWIN:
+        if MORE == KEYS:
             tw = load_tile(w + at * (H * D), H * D, rows, left, ds, D, BD).to(MT)
             source = (tx * enters if DECAY == TOKEN else tx).to(MT)
             if OUT:
@@ -232,7 +235,9 @@ def pass_kernel(
         if DOT:
             products = products + acc * tx if EXACT else acc * mirrored
             factor = scale if EXACT else scale * tl.exp2(-total.to(tl.float32))
-            tl.store(dots + at + rows, tl.sum(products, 1) * factor, mask=rows < left)
+            summed = tl.sum(products, 1)
+            if MORE != QUERIES:
+                tl.store(dots + at + rows, summed * factor, mask=rows < left)
         if OWN:
             acc += own * tc.to(tl.float32)
         if OUT:
@@ -240,6 +245,19 @@ def pass_kernel(
             if ADD:
                 acc += added.to(tl.float32)
             store_tile(o + at * (H * V), H * V, rows, left, vs, V, VP, acc)
+            if MORE == QUERIES:  # loaded late, as registers are few
+                tw = load_tile(w + at * (H * D), H * D, rows, left, ds, D, BD).to(MT)
+                acc = read_state(tw, read, rest, SPLIT, IP)
+                if DOT and EXACT:
+                    products = acc * (rounded(tc.to(tl.float32) * row, MT) - tc.to(tl.float32) * row)
+                acc = acc * row if EXACT else acc
+                acc = add_pairs(acc, tl.dot(tw, tl.trans(tb), input_precision=IP), p, others, tc, source, EXACT, MT, IP)
+                if DOT:
+                    mirrored = tc.to(tl.float32) if EXACT else rounded(tc.to(tl.float32) * tl.exp2(p.to(tl.float32))[:, None], MT)
+                    products = products + acc * mirrored if EXACT else acc * mirrored
+                    tl.store(dots + at + rows, (summed + tl.sum(products, 1)) * factor, mask=rows < left)
+                acc *= row * scale if DECAY == TOKEN and not EXACT else scale
+                store_tile(more + at * (H * V), H * V, rows, left, vs, V, VP, acc)
         elif DECAY:
             passed += p if DECAY >= CHANNEL else total.to(tl.float32)
 

@@ -33,11 +33,12 @@ class Decays(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """Results of a pass: the output, the final state, and row sums for the decay's gradient."""
+    """Results of a pass: the output, the final state, row sums for the decay's gradient, and what further queries give."""
 
     o: Tensor
     final: Tensor | None
     dots: Tensor | None
+    more: Tensor | None = None
 
 
 def ways(decays: bool, both: bool) -> list[dict[str, bool]]:
@@ -101,42 +102,47 @@ def linear_pass(
     x: Tensor | None = None,
     dots: bool = False,
     strict: bool = False,
-    twin: Tensor | None = None,
+    more_keys: Tensor | None = None,
+    more_queries: Tensor | None = None,
     add: Tensor | None = None,
 ) -> Passed:
     """One pass, see `kernels.pass_kernel`. `left` weighs b where it enters the state, `split` reads the state in full, and `dots`
-    asks for the row sums of the output times x. `twin` are the keys of a second sum, of values x."""
+    asks for the row sums of the output times x. `more_keys` are those of a second sum, of values x; `more_queries` read the same state,
+    and with `dots` what they give times c is summed too. Both are ``[B, N, heads, D]``, contiguous, and strict."""
     batch, tokens, _, width = a.shape
     columns, device, sequences = c.shape[3], a.device, count_sequences(a, cu)
-    x, start = x if dots or twin is not None else None, None if start is None else start.contiguous()
+    more, which = (more_keys, kernels.KEYS) if more_keys is not None else (more_queries, kernels.QUERIES)
+    which = 0 if more is None else which.value
+    x, start = x if dots or more_keys is not None else None, None if start is None else start.contiguous()
     by = (*a.stride()[:3:2], *b.stride()[:3:2], *c.stride()[:3:2], *((0, 0) if x is None else x.stride()[:3:2]))
     plan = _plan(
         steps_of(a, b, c, x), cdiv(tokens, CHUNK), width, columns,
         a.shape[2], b.shape[2], c.shape[2], (c if x is None else x).shape[2], a.dtype, device,
         decay.family, column, decay.both, 1 if decay.values is None else decay.values.shape[1], sequences, cu is not None, heads, group,
-        once, reverse, strict, start is not None, final, left, twin is not None, add is not None, dots, dots or split,
+        once, reverse, strict, start is not None, final, left, which, add is not None, dots, dots or split,
     )  # fmt: skip
     o = torch.empty(batch, tokens, heads, columns, dtype=dtype, device=device)
+    second = None if more_queries is None else torch.empty_like(o)
     sums = torch.empty(batch, heads, plan.tiles, tokens, dtype=torch.float32, device=device) if dots else None
     last = torch.empty(sequences, plan.state_heads, width, columns, dtype=torch.float32, device=device) if final else None
     if tokens == 0 or sequences == 0 or batch == 0:
         if last is not None:
             last.zero_() if start is None else last.copy_((first_of_group(start, heads) if once else start) * start_scale)
-        return Passed(o, last, None if sums is None else sums.zero_())
+        return Passed(o, last, None if sums is None else sums.zero_(), second)
 
-    tensors = a, b, c, x, twin, add, decay.values, decay.risky, cu
+    tensors = a, b, c, x, more, add, decay.values, decay.risky, cu
     if plan.segments == 1:
         for launch in plan.run:
-            launch(plan.grid, (*tensors, start, o, last, sums, None), by, (tokens, 1, scale, start_scale))
-        return Passed(o, last, sums)
+            launch(plan.grid, (*tensors, start, o, second, last, sums, None), by, (tokens, 1, scale, start_scale))
+        return Passed(o, last, sums, second)
     states = torch.empty(sequences, plan.state_heads, plan.segments, width, columns, dtype=torch.float32, device=device)
     channels = width if decay.kind == "channel" and not column else columns
     totals = torch.empty(*states.shape[:3], channels, dtype=torch.float32, device=device) if decay.values is not None else None
-    plan.add(plan.add_grid, (*tensors, None, None, states, None, totals), by, (tokens, plan.segments, scale, 1.0))
+    plan.add(plan.add_grid, (*tensors, None, None, None, states, None, totals), by, (tokens, plan.segments, scale, 1.0))
     plan.join(plan.join_grid, (states, totals, start, last), (), (plan.segments, start_scale))
     for launch in plan.run:
-        launch(plan.grid, (*tensors, states, o, None, sums, None), by, (tokens, plan.segments, scale, 1.0))
-    return Passed(o, last, sums)
+        launch(plan.grid, (*tensors, states, o, second, None, sums, None), by, (tokens, plan.segments, scale, 1.0))
+    return Passed(o, last, sums, second)
 
 
 class _Plan(NamedTuple):
@@ -157,15 +163,14 @@ class _Plan(NamedTuple):
 def _plan(
     steps: tuple[int, ...], chunks: int, width: int, columns: int, a_heads: int, b_heads: int, c_heads: int, x_heads: int,
     dtype: torch.dtype, device: torch.device, family: str, column: bool, both: bool, decay_heads: int, sequences: int, packed: bool,
-    heads: int, group: int, once: bool, reverse: bool, strict: bool, started: bool, final: bool, left: bool, twin: bool, add: bool,
+    heads: int, group: int, once: bool, reverse: bool, strict: bool, started: bool, final: bool, left: bool, more: int, add: bool,
     dots: bool, split: bool,
 ) -> _Plan:  # fmt: skip
     """Found again by position, as the host has less time than the kernels take."""
-    kernel = "heavy" if split or add else "pass"
+    kernel = ("heavy" if split or add else "pass", "keys", "queries")[more]
     rows, segments = choose(kernel, width, columns, bits_of(dtype), device, family, sequences * heads, chunks)
     tile = min(rows.columns, padded(columns))
     tiles, state_heads, whole = cdiv(columns, tile), heads if once else heads // group, segments == 1
-    stages = (rows.stages + 1) // 2 if twin else rows.stages  # each holds two sums' tiles
     rows_by = dict(zip(("sa_n", "sb_n", "sc_n", "sx_n"), steps))
     kind, bf16 = {"none": 0, "scalar": 1, "channel": 3 if column else 2}[family], dtype == torch.bfloat16
 
@@ -174,9 +179,9 @@ def _plan(
         return launcher(
             kernels.pass_kernel, **rows_by, H=n, **per_head, GS=grouped, ONCE=once and whole and (started or final), D=width, V=columns,
             BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, **way, REVERSE=reverse, STRICT=strict, START=out and (started or not whole),
-            FINAL=(final and whole) or not out, LEFT=left and bf16 and kind == 1, OUT=out, TWIN=twin, ADD=out and add,
+            FINAL=(final and whole) or not out, LEFT=left and bf16 and kind == 1, OUT=out, MORE=more, ADD=out and add,
             DOT=out and dots, SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16,
-            IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=stages,
+            IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,
         )  # fmt: skip
 
     block = 1024

@@ -1,4 +1,4 @@
-"""Launch parameters of the moments' kernels in bfloat16, as measured on an H100, and for 96 channels an H200; `subquad tune` does not measure these.
+"""Launch parameters of the moments' kernels in bfloat16, measured on an H100, some for 96 channels on an H200; not by `subquad tune`.
 
 By kernel, and by whether features are turned by a rotary, have two signs, or neither: tokens of a tile, warps and stages for widths of
 features and values up to 64, and up to 128. What was not measured (float32, two signs of more than 64 channels) takes `CAREFUL`.

@@ -95,6 +95,20 @@ def test_segments(decay, monkeypatch, request):
     assert max(segments for _, segments in seen) > 1
 
 
+@pytest.mark.parametrize("width", [128, 129])
+def test_wider_heads_than_the_solves_take(width, monkeypatch):
+    from subquad.ops import delta
+
+    monkeypatch.setenv("SUBQUAD_KERNELS", "on")
+    q, k, v, beta, _, _ = inputs(1, 66, (1, 1, 1), width, 8, state=False)
+    solved = []
+    monkeypatch.setattr("subquad.ops.delta.fused.delta_rule", lambda *a: solved.append(1) or delta_rule(*a))
+    o = delta.delta_rule(q, k, v, beta)
+    assert len(solved) == (width <= 128)
+    wanted = reference(*(x.double() for x in (q, k, v, beta)))
+    assert torch.allclose(o.double(), wanted[0] if isinstance(wanted, tuple) else wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.97, 1.0])
 def test_repeated_keys(beta):
     given = inputs(1, 130, (1, 1, 1), 16, 16)

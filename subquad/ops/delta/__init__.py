@@ -14,6 +14,8 @@ from subquad.ops.delta.chunked import DeltaRule, delta_step, run
 
 __all__ = ["delta_rule"]
 
+WIDEST = 128  # head dim of the solves' kernels: beyond it Triton 3.6 makes ones that read past their shared memory on Hopper
+
 
 def delta_rule(
     q: Tensor,
@@ -56,7 +58,7 @@ def delta_rule(
     # the one place that chooses a path
     if use_kernels and cu_seqlens is None and state is not None and step.available(q, k, v, beta, log_decay, state):
         o, state = step.recurrent_step(q, k, v, log_decay, beta, state, scale)
-    elif use_kernels and (log_decay is None or log_decay.dim() == 3):
+    elif use_kernels and q.shape[3] <= WIDEST and (log_decay is None or log_decay.dim() == 3):
         from subquad.ops.delta.fused import delta_rule as by_kernels
 
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device).contiguous()

@@ -29,7 +29,7 @@ SHOWN = {
     "ranks": (),
     "moments": ("RAVLT-S",),
     "recipes": ("Linearization recipes",),
-    "kernels": ("Time on the device", "Decode step", "First forward", "flash-linear-attention"),
+    "kernels": ("Time on the device", "Delta rules", "Decode step", "First forward", "flash-linear-attention"),
     "sparse": ("Times faster", "Causal window", "First call"),
 }  # of long results; the page has all
 LAYER = {"heads": 9, "kv_heads": 3, "head_dim": 64}  # of SmolLM2-135M

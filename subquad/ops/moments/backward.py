@@ -168,6 +168,7 @@ def gather_back_kernel(
     d_total = tl.load(grads + F * V + F + vs, mask=vs < V, other=0.0)
     d_weight = tl.load(grads + F * V + F + V)
     dg, dg_second = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    HIDDEN: tl.constexpr = MASK or LOGITS or FACTORS  # whether tokens without weight may hold anything
     start, stop = run_of(i_s, splits, n, C)
     for i in range(start, stop):
         rows = (i * C + tl.arange(0, C)).to(tl.int64)
@@ -188,7 +189,8 @@ def gather_back_kernel(
             out += product(turn(copy(x, phi, True, TWO), c, s, TURN).to(MT), dM_second, rest_second, SPLIT, IP)
         if TOTAL:
             out += d_total[None, :]
-        store_tile(dv, H * V, rows, n, vs, V, BV, tl.where(w[:, None] != 0, out * w[:, None], 0.0))
+        out *= w[:, None]
+        store_tile(dv, H * V, rows, n, vs, V, BV, tl.where(w[:, None] != 0, out, 0.0) if HIDDEN else out)
         if MASK:  # only now: before 3.8 Triton lays out operands wrong that are turned, of 16 channels and made with loaded bytes
             x = tl.where(keep[:, None], x, 0.0)
             phi = tl.where(keep[:, None], phi, 0.0)
@@ -211,7 +213,8 @@ def gather_back_kernel(
             tl.store(d_logits + (here + rows * H), w * inner, mask=rows < n)
         if FACTORS:
             tl.store(d_factors + (here + rows * H), grown * inner, mask=rows < n)
-        store_tile(dk, H * D, rows, n, ch, D, BD, tl.where((w != 0)[:, None], feature_back(x, phi, d_phi, MAP), 0.0))
+        dx = feature_back(x, phi, d_phi, MAP)
+        store_tile(dk, H * D, rows, n, ch, D, BD, tl.where((w != 0)[:, None], dx, 0.0) if HIDDEN else dx)
     if QUERY:
         d_query += program.to(tl.int64) * F
         tl.store(d_query + ch, dg, mask=ch < D)

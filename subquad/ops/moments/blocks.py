@@ -48,7 +48,7 @@ def feature(x, MAP: tl.constexpr):
         y = tl.abs(x * x * x)
     elif MAP == NORM_POWER:
         _, tanh, logs = norm_terms(x)
-        y = tl.where(x != 0, tl.exp2(3 * LOG2E * (0.5 + tanh)[:, None] * logs), 0.0)
+        y = tl.where(x != 0, tl.exp2(3 * (0.5 + tanh)[:, None] * logs * LOG2E), 0.0)
     else:
         y = x
     return y

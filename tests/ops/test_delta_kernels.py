@@ -7,7 +7,9 @@ from subquad.ops.delta.reference import delta_rule as reference
 
 pytest.importorskip("triton")
 
+from subquad.ops import launch as table
 from subquad.ops.delta.fused import delta_rule, delta_rule_op
+from subquad.ops.linear import launch
 
 NAMES = ("o", "state", "q", "k", "v", "beta", "log_decay", "initial_state")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,19 +82,36 @@ def test_strong_decays(decay):
     check(inputs(1, 70, (1, 1, 1), 16, 16, decay=decay))
 
 
-@pytest.mark.parametrize("decay", [None, 0.1, 5.0])
-def test_segments(decay, monkeypatch, request):
-    from subquad.ops import launch as table
-    from subquad.ops.linear import launch
+@pytest.fixture
+def cut(monkeypatch):
+    """Sequences are cut into segments; into how many, by kernel."""
+    seen = {}
+
+    def choose(*given):
+        found = table.choose.__wrapped__(*given)
+        seen[given[0]] = found[1]
+        return found
 
     monkeypatch.setattr(table, "SEGMENT", 1)
     monkeypatch.setattr(table, "processors", lambda device: 16)
-    seen = []
-    monkeypatch.setattr(launch, "choose", lambda *a: seen.append(table.choose.__wrapped__(*a)) or seen[-1])
-    table.use({})  # forgets what was chosen before, and afterwards what is chosen here
-    request.addfinalizer(lambda: table.use({}))
+    monkeypatch.setattr(launch, "choose", choose)
+    table.forget()
+    yield seen
+    table.forget()
+
+
+@pytest.mark.parametrize("decay", [None, 0.1, 5.0])
+def test_segments(decay, cut):
     check(inputs(1, 300, (1, 1, 1), 16, 64, decay=decay))
-    assert max(segments for _, segments in seen) > 1
+    assert cut["queries"] > 1 and cut["keys"] > 1
+
+
+def test_strong_decays_in_some_segments_and_other_segments_in_each_direction(cut, monkeypatch):
+    monkeypatch.setitem(table.TABLE, ("keys", 16, 32, "scalar"), 2 * (table.Config(16, 4, 1),))
+    given = inputs(1, 600, (1, 1, 1), 64, 16, decay=0.1)
+    given[4][:, 200:264] *= 50
+    check(given)
+    assert 1 < cut["keys"] < cut["queries"]
 
 
 @pytest.mark.parametrize("width", [128, 129])

@@ -92,7 +92,7 @@ def pass_kernel(
             ONCE, as for gradients, the start enters the first of a group, and each head has its own final.
         LEFT: per token, weigh and round b, not c, where they enter the state, as the row sums of the backward do: what a final
             state adds to the decays' gradient then cancels with them.
-        dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x, without `add`, and of more·c.
+        dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x, without `add` (in float32 also without s = t), and of more·c.
         totals: without OUT, the decay over the segment, as log2 ``[sequences, H, segments, 1, D or V]``.
         SPLIT: read the state in two parts of MT, as the gradient of decays needs: between q·q̇ and k·k̇ much cancels, and
             rounding would add up. For that x is also weighed and rounded as the other direction's sources are.
@@ -112,8 +112,9 @@ def pass_kernel(
     PW: tl.constexpr = C if DECAY == TOKEN else D if DECAY == CHANNEL else V  # what P holds of a chunk
     seen = (rows[:, None] <= rows[None, :]) if REVERSE else (rows[:, None] >= rows[None, :])
     others = seen & (rows[:, None] != rows[None, :])
-    # s = t cancels in the gradient of decays; beside strong ones it is most of a row sum, and stays out of it for its digits
-    OWN: tl.constexpr = DOT and EXACT and tl.float32 == MT
+    # s = t cancels in the gradient of decays; beside strong ones it is most of a row sum, and stays out of it for its digits, and
+    # beside weak ones as well: the other direction may have other segments, where these pairs are weighed the other way
+    OWN: tl.constexpr = DOT and tl.float32 == MT
     seen = others if OWN else seen
 
     here = (i_b * N + begin) * H + i_h
@@ -223,6 +224,7 @@ def pass_kernel(
             acc = add_pairs(acc, scores, p, kept, tc, source, EXACT, MT, IP)
             if OWN:
                 own = tl.sum(tl.where(rows[:, None] == rows[None, :], scores, 0.0), 1)[:, None]
+                own = own if EXACT else own * enters
         if MORE == KEYS:
             tw = load_tile(w + at * (H * D), H * D, rows, left, ds, D, BD).to(MT)
             source = (tx * enters if DECAY == TOKEN else tx).to(MT)

@@ -1,5 +1,7 @@
 """What timm expects of a network, for those whose own tests leave it out: features, classifier, groups, recomputing, errors."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -14,10 +16,12 @@ SMALL = {
     "lightnet_t": {"dim": 32, "depth": 4, "heads": 4},
 }
 PLAIN = [name for name in SMALL if "swin" not in name]
+STAGES = {name: STAGED[name] for name in ("dims", "depths", "heads")}
+EVERY = {**SMALL, "l2vit_t": STAGES, "ravlt_s": {**STAGES, "head_width": 20}, "nalaformer_s": {**STAGES, "head_width": 20}}
 
 
 def small(name, **options):
-    model = vision_model(name, **{"num_classes": 7, "drop_path_rate": 0.0, **SMALL[name], **options})
+    model = vision_model(name, **{"num_classes": 7, "drop_path_rate": 0.0, **EVERY[name], **options})
     for p in model.parameters():  # large enough that every part shows in the output
         p.data = torch.randn_like(p) / p[0].numel() ** 0.5 if p.dim() > 1 else p + torch.randn_like(p) / 4
     return model
@@ -93,6 +97,30 @@ def test_checkpointing_gives_the_same_gradients_and_recomputes(name):
     largest = max(g.abs().max() for g in grads[0])
     assert runs == [len(blocks_of(model)), 2 * len(blocks_of(model))]
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5 * largest) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in PLAIN])
+def test_checkpointing_leaves_the_same_state_after_two_steps(name, compiled):
+    """Weights and batch norms' statistics and counts; blocks are computed twice, an average of batches is taken once."""
+    start, images, states = small(name, drop_path_rate=0.5), torch.randn(4, 3, 64, 64), []
+    norms = [m for block in blocks_of(start) for m in block.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == (4 if name == "l2vit_t" else 0)
+    for norm in () if compiled else norms[1:]:
+        norm.momentum = None  # the mean over all batches, which no graph has
+    for enable in (False, True):
+        model = copy.deepcopy(start)
+        model.set_grad_checkpointing(enable)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        for step in range(2):
+            torch.manual_seed(step)
+            run(images * (1 + step)).square().mean().backward()
+            optimizer.step(), optimizer.zero_grad()
+        states.append(model.state_dict())
+        assert all(count == 2 for key, count in model.state_dict().items() if key.endswith("num_batches_tracked"))
+        assert [getattr(m, "momentum", 0) for m in model.modules()] == [getattr(m, "momentum", 0) for m in start.modules()]
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SMALL)

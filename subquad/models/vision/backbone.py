@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from subquad.checks import InputError, shape_of
-from subquad.models.vision.blocks import Classifier, PadTo
+from subquad.models.vision.blocks import Classifier, PadTo, recomputed
 
 
 class ImageModel(nn.Module):
@@ -280,7 +279,7 @@ class PlainBackbone(ImageModel):
 
     def _step(self, part: nn.Module, x: Tensor, *given: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, x, *given, use_reentrant=False)  # type: ignore[return-value]
+            return recomputed(part, x, *given)
         return part(x, *given)
 
     def _last(self, x: Tensor) -> Tensor:

@@ -77,6 +77,11 @@ def traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
+def batch_to_cut(x: Tensor) -> int:
+    """The rows of x, by which work is cut to fit a cache; one in an exported program, whose cuts are those of any batch."""
+    return 1 if torch.compiler.is_exporting() else x.shape[0]
+
+
 def cdiv(n: int, by: int) -> int:
     """n / by, rounded up; Triton's own is slow on the host."""
     return -(-n // by)
@@ -128,7 +133,7 @@ class Segment(NamedTuple):
 def segments(span: Span, like: Tensor, heads: int, *, reverse: bool = False, powers_of_two: bool = False) -> Iterator[Segment]:
     """Cut a span into segments of whole chunks that fit the cache, and its tail into shorter chunks; nothing is padded."""
     rows = CPU_ROWS if like.device.type == "cpu" else GPU_ROWS
-    group = max(1, rows // (CHUNK * max(1, like.shape[0] * heads)))
+    group = max(1, rows // (CHUNK * max(1, batch_to_cut(like) * heads)))
     whole = (span.stop - span.start) // CHUNK
     cut = [Segment(span.start + i * CHUNK, min(group, whole - i), CHUNK) for i in range(0, whole, group)]
     start, left = span.start + whole * CHUNK, span.stop - span.start - whole * CHUNK

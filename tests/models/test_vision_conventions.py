@@ -8,6 +8,7 @@ import torch
 
 from subquad import InputError
 from subquad.models.vision import vision_model
+from subquad.ops.moments import chunked
 
 STAGED = {"dims": (8, 16, 24, 32), "depths": (2, 2, 2, 2), "heads": (1, 2, 2, 4), "linear": (2, 1, 0, 0), "window": 3}
 SMALL = {
@@ -161,6 +162,18 @@ def test_compiles_whole_and_takes_no_images(name):
     model, images = small(name, **({"depth": 1} if name in PLAIN else {})).eval(), torch.randn(2, 3, 64, 96)
     assert near(torch.compile(model, backend="aot_eager", fullgraph=True)(images), model(images))
     assert model(images[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize("block", [1 << 10, 1 << 12])  # numbers in a cache: two pieces of the first map; one, for up to two images
+@pytest.mark.parametrize("name", EVERY)
+def test_an_export_serves_any_batch(name, block, monkeypatch):
+    monkeypatch.setattr(chunked, "CPU_BLOCK", block)
+    model = small(name).eval()
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    exported = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=shapes).module()
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, 64, 64)
+        assert near(exported(images), model(images))
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from subquad.checks import autocasts
+
 CHUNK = 64  # tokens in a chunk: the fastest of 32, 64, 128 on CPU, and the tile that GPUs prefer
 CPU_ROWS = 4096  # rows of a tile worked on at once: keeps temporaries in the cache
 GPU_ROWS = 131072  # enough to fill a GPU, while temporaries stay a small part of memory
@@ -42,7 +44,7 @@ def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(function)
     def run(first: Tensor, *args: Any, **kwargs: Any) -> Result:
-        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(first.device.type):  # which takes time, too
+        if first.is_meta or (not torch.compiler.is_compiling() and not autocasts(first)):  # as turning it off takes time, too
             return function(first, *args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *args, **kwargs)

@@ -1,6 +1,7 @@
 """What timm expects of a network, for those whose own tests leave it out: features, classifier, groups, recomputing, errors."""
 
 import copy
+import functools
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 
 from subquad import InputError
 from subquad.models.vision import vision_model
+from subquad.models.vision.variants import VARIANTS as ALL
 from subquad.ops.moments import chunked
 
 STAGED = {"dims": (8, 16, 24, 32), "depths": (2, 2, 2, 2), "heads": (1, 2, 2, 4), "linear": (2, 1, 0, 0), "window": 3}
@@ -72,6 +74,38 @@ def test_features_only(name):
     assert all(torch.equal(a, b) for a, b in zip(model(images), whole.forward_intermediates(images, (0, 2))[1], strict=True))
     default = timm.create_model(name, features_only=True, **SMALL[name])
     assert default.feature_info.reduction() == ([16] * 3 if name in PLAIN else [4, 8, 16, 32])
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_an_image_size_is_taken_as_timm_gives_it(name, features_only):
+    """A side, or rows and columns. InLine-DeiT's positions are learned for it, and nothing else depends on it."""
+    make = functools.partial(timm.create_model, name, features_only=features_only, num_classes=7, in_chans=1)
+    with torch.device("meta"):
+        default, images = make().eval(), torch.zeros(1, 1, 64, 96)
+        for size, cells in ((64, 16), ((64, 96), 24), ([64, 96], 24)):
+            model = make(img_size=size).eval()
+            shapes = {key: t.shape for key, t in default.state_dict().items()}
+            if "deit" in name:
+                shapes |= {key: (1, 1 + cells, shape[2]) for key, shape in shapes.items() if key.endswith("pos_embed")}
+            assert {key: t.shape for key, t in model.state_dict().items()} == shapes
+            assert model(images)[0].shape[0] == (1 if features_only else 7)
+        for size in (15, 64.0, "64", (64,), (64, 64, 3), True):
+            with pytest.raises(InputError, match="img_size"):
+                make(img_size=size)
+
+
+def test_positions_are_learned_for_rows_and_columns():
+    model, images = small("inline_deit_tiny", img_size=(32, 64)).eval(), torch.randn(1, 3, 32, 64)
+    assert torch.equal(model.positions((2, 4)), model.pos_embed)
+    seen = torch.nn.functional.interpolate(model.pos_embed[:, 1:].mT.unflatten(2, (2, 4)), (3, 5), mode="bicubic")
+    assert torch.equal(model.positions((3, 5))[:, 1:], seen.flatten(2).mT) and torch.equal(
+        model.positions((3, 5))[:, 0], model.pos_embed[:, 0]
+    )
+    with torch.no_grad():
+        before = model(images)
+        model.pos_embed[:, 3] += torch.randn(32)
+        assert not near(model(images), before, 1e-3)
 
 
 @pytest.mark.parametrize("name", SMALL)

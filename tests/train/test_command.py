@@ -89,6 +89,10 @@ def test_an_interrupted_command_goes_on(photos, tmp_path, monkeypatch):
         (["--model", "test_vit", "--data", "mnist", "--size", "32", "--precision", "float8"], "float32"),
         (["--model", "test_vit", "--data", "nowhere/at/all"], "a folder of images"),
         (["--model", "test_vit", "--data", "mnist", "--lr", "0"], "lr: got 0.0"),
+        (["--model", "test_vit", "--data", "mnist", "--drop-path", "1"], "drop_path: got 1.0; expected at least 0 and less than 1"),
+        (["--model", "test_vit", "--data", "mnist", "--drop-path", "-0.1"], "drop_path: got -0.1"),
+        (["--model", "test_vit", "--data", "mnist", "--drop-path", "nan"], "drop_path: got nan"),
+        (["--model", "vgg11", "--data", "mnist", "--size", "32", "--drop-path", "0.1"], "0, as vgg11 has no stochastic depth"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(words, expected):

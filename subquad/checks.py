@@ -115,6 +115,11 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, *, name: str = "cu_se
         raise InputError(name, shown, f"offsets that rise from 0 to the number of tokens, {q.shape[1]}")
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; meta tensors, which have shapes alone, know none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """States, accumulators and decays are float32, and float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

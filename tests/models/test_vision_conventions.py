@@ -220,6 +220,7 @@ def test_an_export_serves_any_batch(name, block, monkeypatch):
         ("images", {}, torch.zeros(3, 64, 64)),
         ("heads", {"heads": 3}, None),
         ("drop_path_rate", {"drop_path_rate": 1.0}, None),
+        ("drop_rate", {"drop_rate": 1.5}, None),
         ("in_chans", {"in_chans": 0}, None),
         ("num_classes", {"num_classes": -1}, None),
         ("global_pool", {"global_pool": ""}, None),

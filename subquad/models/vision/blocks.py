@@ -163,6 +163,8 @@ class Classifier(nn.Module):
 
     def __init__(self, width: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
         super().__init__()
+        if not 0 <= drop_rate <= 1:
+            raise InputError("drop_rate", drop_rate, "a rate from 0 to 1")
         self.width = width
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, global_pool)

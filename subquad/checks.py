@@ -31,11 +31,11 @@ def _rebuild(argument: str, message: str) -> InputError:
 
 def nearest(argument: str, name: object, known: Iterable[str], kind: str) -> InputError:
     """The error for an unknown name: suggests the nearest known ones, or lists them all when none is near."""
-    names = sorted(known)
+    names, kind = sorted(known), f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     if close:
-        return InputError(argument, repr(name), f"a {kind}; nearest: {', '.join(close)}")
-    return InputError(argument, repr(name), f"a {kind}; one of: {', '.join(names) or 'none'}")
+        return InputError(argument, repr(name), f"{kind}; nearest: {', '.join(close)}")
+    return InputError(argument, repr(name), f"{kind}; one of: {', '.join(names) or 'none'}")
 
 
 def shape_of(tensor: Tensor) -> str:

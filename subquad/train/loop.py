@@ -169,7 +169,7 @@ class Run:
             images, targets = self.mix((images - self.mean) / self.deviation, self.data.labels[indices.to(self.device)])
             self.schedule.step_update(self.step)
             with self.engine.autocast():
-                logits = self.model(images)
+                logits = self._logits(images)
             loss = self.loss(logits.float(), targets)
             self.engine.backward(loss)
         self.engine.clip(self.model, self.recipe.clip)
@@ -187,6 +187,15 @@ class Run:
         if first:
             self.starts, self.start_seconds = self.starts + 1, self.start_seconds + seconds
         return f"epoch {epoch + 1}/{self.recipe.epochs}" + (f", accuracy {self.history[-1][3]:.1%}" if self.history else "")
+
+    def _logits(self, images: Tensor) -> Tensor:
+        try:
+            return self.model(images)  # type: ignore[no-any-return]
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            should = "a larger one, or larger images: a batch norm has a single number of each channel to average"
+            raise InputError("batch_size", self.recipe.batch_size, should) from None
 
     def finish_epoch(self) -> None:
         """Test, note, save. The loss is read here only, as every reading waits for the device."""

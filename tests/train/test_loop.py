@@ -151,6 +151,9 @@ def test_bad_runs_are_one_clear_line(digits, tmp_path, monkeypatch):
         loop.train(vit(), digits, RECIPE, engine="acelerate")
     with pytest.raises(InputError, match="not finite"):
         loop.train(cnn(), digits, Recipe(epochs=1, batch_size=16, lr=1e30, warmup=0, clip=1e30), engine="torch")
+    one = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 10))
+    with pytest.raises(InputError, match="batch_size: got 1; expected a larger one, or larger images"):
+        loop.train(one, digits, Recipe(epochs=1, batch_size=1, mixup=0.0), engine="torch")
     loop.train(vit(), digits, replace(RECIPE, epochs=1), out=tmp_path / "a", engine="torch")
     with pytest.raises(InputError, match="epochs"):
         loop.train(vit(), digits, RECIPE, out=tmp_path / "a", engine="torch")

@@ -110,8 +110,9 @@ def linear_pass(
     and with `dots` what they give times c is summed too. Both are ``[B, N, heads, D]``, contiguous, and strict."""
     batch, tokens, _, width = a.shape
     columns, device, sequences = c.shape[3], a.device, count_sequences(a, cu)
-    more, which = (more_keys, kernels.KEYS) if more_keys is not None else (more_queries, kernels.QUERIES)
-    which = 0 if more is None else which.value
+    more, which = more_queries, 0 if more_queries is None else kernels.QUERIES.value
+    if more_keys is not None:
+        more, which = more_keys, kernels.KEYS.value
     x, start = x if dots or more_keys is not None else None, None if start is None else start.contiguous()
     by = (*a.stride()[:3:2], *b.stride()[:3:2], *c.stride()[:3:2], *((0, 0) if x is None else x.stride()[:3:2]))
     plan = _plan(

@@ -31,11 +31,11 @@ def _rebuild(argument: str, message: str) -> InputError:
 
 def nearest(argument: str, name: object, known: Iterable[str], kind: str) -> InputError:
     """The error for an unknown name: suggests the nearest known ones, or lists them all when none is near."""
-    names = sorted(known)
+    names, kind = sorted(known), f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     if close:
-        return InputError(argument, repr(name), f"a {kind}; nearest: {', '.join(close)}")
-    return InputError(argument, repr(name), f"a {kind}; one of: {', '.join(names) or 'none'}")
+        return InputError(argument, repr(name), f"{kind}; nearest: {', '.join(close)}")
+    return InputError(argument, repr(name), f"{kind}; one of: {', '.join(names) or 'none'}")
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -113,6 +113,11 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, *, name: str = "cu_se
     if len(ends) < 1 or ends[0] != 0 or ends[-1] != q.shape[1] or any(a > b for a, b in pairwise(ends)):
         shown = ends if len(ends) <= 6 else f"[{ends[0]}, …, {ends[-1]}]"
         raise InputError(name, shown, f"offsets that rise from 0 to the number of tokens, {q.shape[1]}")
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; meta tensors, which have shapes alone, know none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subquad.checks import InputError, check_cu_seqlens, check_qkv, nearest, shape_of
+from subquad.checks import InputError, autocasts, check_cu_seqlens, check_qkv, nearest, shape_of
 from subquad.rotary import Rotary
 from subquad.state import State
 
@@ -308,7 +308,7 @@ class Attention(nn.Module):
                 was = shape_of(hidden) if isinstance(hidden, Tensor) else type(hidden).__name__
                 raise InputError("hidden", was, f"shape {[*q.shape[:2], self.hidden_size]}")
             own = next((p.dtype for p in self.parameters()), hidden.dtype)
-            if hidden.dtype != own and not torch.is_autocast_enabled(hidden.device.type):
+            if hidden.dtype != own and not autocasts(hidden):
                 raise InputError("hidden", shape_of(hidden), f"the dtype of the mechanism's parameters, {str(own).removeprefix('torch.')}")
             given = {**self.project(hidden), **given}
         sizes = {"B": q.shape[0], "N": q.shape[1], "H": self.heads, "Hs": self.kv_heads, "D": self.head_dim, "V": self.value_dim}

@@ -260,7 +260,6 @@ def test_simulate_gna_counts_what_it_is_asked(tmp_path):
     assert "16x8x8" in shown and "2.23×" in shown and "ideal 11.11×" in shown
     read = json.loads(call(*GNA, "--stride", "all", "--tiles-q", "4x8x8", "--tiles-k", "2x8x8", "--json").stdout)
     assert [tuple(row["stride"]) for row in read["rows"]][-1] == (16, 8, 8) and len(read["rows"]) == 7
-    pytest.importorskip("matplotlib")
     for stride, name in (("all", "strides.png"), ("1", "tiles.svg")):
         assert call(*GNA, "--stride", stride, "--tiles-q", "64,128", "--top", 3, "--plot", tmp_path / name).exit_code == 0
         assert (tmp_path / name).stat().st_size > 5000

@@ -81,7 +81,7 @@ def test_registered_mechanism_is_known_everywhere(running_sum):
 def test_unknown_names_get_the_nearest(running_sum):
     with pytest.raises(InputError, match=r"name: got 'runing-sum'; expected a mechanism; nearest: running-sum"):
         subquad.attention("runing-sum", 4, 8)
-    with pytest.raises(InputError, match=r"gian: got 'gian'; expected a option of running-sum; nearest: gain"):
+    with pytest.raises(InputError, match=r"gian: got 'gian'; expected an option of running-sum; nearest: gain"):
         make(gian=1)
     with pytest.raises(InputError, match="one of: a, b"):
         raise nearest("x", "zzzz", ["b", "a"], "letter")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from subquad.checks import InputError
 from subquad.convert.size import resize
 from subquad.models.load import DEFAULT, need, one_line, quiet
-from subquad.models.vision.released import has_released, load_released, read_checkpoint
+from subquad.models.vision.released import check_numbers, has_released, load_released, read_checkpoint
 
 Pair = tuple[int, int]
 FAMILIES = ("vit", "deit", "swin")  # of transformers
@@ -164,6 +164,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     wrong = [key for key in own if key not in found or found[key].shape != own[key].shape] + [key for key in found if key not in own]
     if wrong:
         raise InputError("--weights", f"{str(path)!r}, which differs in {', '.join(wrong[:3])}", "weights of this model")
+    check_numbers(own, found, "--weights", path)
     model.load_state_dict(found)
 
 

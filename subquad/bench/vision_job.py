@@ -89,6 +89,7 @@ def run_job(job: VisionJob, out: Path | None, *, command: str, fresh: bool = Fal
     """
     if job.seeds < 1:
         raise InputError("--seeds", job.seeds, "at least 1")
+    models.check_drop_path(job.drop_path)
     device = pick_device(job.device)
     contestants = job.contestants()
     data = images.load(job.data, job.size, progress=progress)

@@ -22,7 +22,8 @@ FORMAT = 1
 HEADS = ("model", "parameters", "accuracy", "by seed", "test loss", "images/s")
 NOTE = (
     "Accuracy: on the images held out, after the last epoch, of the averaged weights; mean ± standard deviation over seeds. All were given "
-    "the same batches, augmented and mixed alike, for the same seed."
+    "the same batches, augmented and mixed alike, for the same seed. Images/s: of training, without tests, and without the first step, "
+    "which compiles and warms up."
 )
 
 
@@ -46,9 +47,11 @@ class Trained:
         return [run.accuracy for run in self.runs]
 
     @property
-    def rate(self) -> float:
-        """Images trained on in a second, tests left out."""
-        return sum(run.steps for run in self.runs) * self.batch_size / max(sum(run.seconds for run in self.runs), 1e-9)
+    def rate(self) -> float | None:
+        """Images trained on in a second, tests and first steps left out; None where no step is left."""
+        steps = sum(run.steps - run.starts for run in self.runs)
+        seconds = sum(run.seconds - run.start_seconds for run in self.runs)
+        return steps * self.batch_size / max(seconds, 1e-9) if steps else None
 
     def curve(self, of: str) -> list[tuple[float, float]]:
         """(epoch, mean over seeds)."""
@@ -58,7 +61,8 @@ class Trained:
     def cells(self) -> list[str]:
         loss = statistics.fmean(run.test_loss for run in self.runs)
         seeds = ", ".join(f"{value:.1%}" for value in self.accuracies)
-        return [self.name, f"{self.parameters / 1e6:.3g} M", spread(self.accuracies), seeds, f"{loss:.4f}", f"{self.rate:,.0f}"]
+        rate = "–" if self.rate is None else f"{self.rate:,.0f}"
+        return [self.name, f"{self.parameters / 1e6:.3g} M", spread(self.accuracies), seeds, f"{loss:.4f}", rate]
 
 
 def spread(shares: Sequence[float]) -> str:

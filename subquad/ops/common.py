@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from subquad.checks import autocasts
+
 CHUNK = 64  # tokens in a chunk: the fastest of 32, 64, 128 on CPU, and the tile that GPUs prefer
 CPU_ROWS = 4096  # rows of a tile worked on at once: keeps temporaries in the cache
 GPU_ROWS = 131072  # enough to fill a GPU, while temporaries stay a small part of memory
@@ -42,7 +44,7 @@ def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(function)
     def run(first: Tensor, *args: Any, **kwargs: Any) -> Result:
-        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(first.device.type):  # which takes time, too
+        if first.is_meta or (not torch.compiler.is_compiling() and not autocasts(first)):  # as turning it off takes time, too
             return function(first, *args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *args, **kwargs)
@@ -75,6 +77,11 @@ def kernels_serve(x: Tensor, *widths: int) -> bool:
 def traced(x: Tensor) -> bool:
     """Whether a call is being traced (compiled, exported, run on fake tensors), so that it must be an operator."""
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def batch_to_cut(x: Tensor) -> int:
+    """The rows of x, by which work is cut to fit a cache; one in an exported program, whose cuts are those of any batch."""
+    return 1 if torch.compiler.is_exporting() else x.shape[0]
 
 
 def cdiv(n: int, by: int) -> int:
@@ -128,7 +135,7 @@ class Segment(NamedTuple):
 def segments(span: Span, like: Tensor, heads: int, *, reverse: bool = False, powers_of_two: bool = False) -> Iterator[Segment]:
     """Cut a span into segments of whole chunks that fit the cache, and its tail into shorter chunks; nothing is padded."""
     rows = CPU_ROWS if like.device.type == "cpu" else GPU_ROWS
-    group = max(1, rows // (CHUNK * max(1, like.shape[0] * heads)))
+    group = max(1, rows // (CHUNK * max(1, batch_to_cut(like) * heads)))
     whole = (span.stop - span.start) // CHUNK
     cut = [Segment(span.start + i * CHUNK, min(group, whole - i), CHUNK) for i in range(0, whole, group)]
     start, left = span.start + whole * CHUNK, span.stop - span.start - whole * CHUNK

@@ -41,6 +41,7 @@ class Result:
         history: of each epoch, `HISTORY` by name.
         steps: of which `resumed_from` were made before this call.
         seconds: of training, tests left out.
+        starts, start_seconds: first steps, of which a resumed run has several, and their part of `seconds`: they compile and warm up.
     """
 
     accuracy: float
@@ -49,6 +50,8 @@ class Result:
     steps: int
     seconds: float
     resumed_from: int = 0
+    starts: int = 0
+    start_seconds: float = 0.0
 
 
 def train(
@@ -146,6 +149,7 @@ class Run:
         self.model, self.stepper = self.engine.prepare(model, self.optimizer)
         self.mix, self.loss = Mixer(recipe, len(data.classes)), SoftTargetCrossEntropy()
         self.step, self.resumed_from, self.seconds = 0, 0, 0.0
+        self.starts, self.start_seconds = 0, 0.0
         self.history: list[list[float]] = []
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch's losses
         self.batches: tuple[int, Any] = (-1, ())
@@ -165,7 +169,7 @@ class Run:
             images, targets = self.mix((images - self.mean) / self.deviation, self.data.labels[indices.to(self.device)])
             self.schedule.step_update(self.step)
             with self.engine.autocast():
-                logits = self.model(images)
+                logits = self._logits(images)
             loss = self.loss(logits.float(), targets)
             self.engine.backward(loss)
         self.engine.clip(self.model, self.recipe.clip)
@@ -175,8 +179,23 @@ class Run:
         if self.ema is not None:
             self.ema.update(self.raw, step=self.step)
         self.total += loss.detach()
-        self.seconds += time.perf_counter() - began
+        first = self.step == self.resumed_from + 1
+        if first and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what the first step still has to do is not the second's
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        if first:
+            self.starts, self.start_seconds = self.starts + 1, self.start_seconds + seconds
         return f"epoch {epoch + 1}/{self.recipe.epochs}" + (f", accuracy {self.history[-1][3]:.1%}" if self.history else "")
+
+    def _logits(self, images: Tensor) -> Tensor:
+        try:
+            return self.model(images)  # type: ignore[no-any-return]
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            should = "a larger one, or larger images: a batch norm has a single number of each channel to average"
+            raise InputError("batch_size", self.recipe.batch_size, should) from None
 
     def finish_epoch(self) -> None:
         """Test, note, save. The loss is read here only, as every reading waits for the device."""
@@ -204,6 +223,7 @@ class Run:
             tensors |= {f"optimizer.{index}.{key}": x for key, x in state.items()}
         tensors["history"] = torch.tensor(self.history, dtype=torch.float64).reshape(-1, len(HISTORY))
         tensors["total"] = self.total
+        tensors["starts"] = torch.tensor([self.starts, self.start_seconds], dtype=torch.float64)
         whole = {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}  # tensors that share memory cannot be saved
         self.keeper.save(Checkpoint(self.step, whole, self.seconds))
 
@@ -226,13 +246,16 @@ class Run:
         self.seconds = saved.seconds
         self.history = saved.tensors["history"].tolist()
         self.total.copy_(saved.tensors["total"])
+        starts, self.start_seconds = saved.tensors["starts"].tolist()
+        self.starts = int(starts)
 
     def result(self) -> Result:
         if self.ema is not None:
             self.raw.load_state_dict(self.ema.module.state_dict())
         history = [dict(zip(HISTORY, row)) for row in self.history]
         last = history[-1]
-        return Result(last["accuracy"], last["test_loss"], history, self.step, self.seconds, self.resumed_from)
+        spent = self.seconds, self.resumed_from, self.starts, self.start_seconds
+        return Result(last["accuracy"], last["test_loss"], history, self.step, *spent)
 
 
 def _checkpoint_blocks(model: Any, wanted: bool) -> None:

@@ -29,6 +29,12 @@ def check(name: str) -> None:
         raise InputError("model", repr(name), f"a model of timm{'; nearest: ' + ', '.join(near) if near else ''}")
 
 
+def check_drop_path(rate: float) -> None:
+    """Raises InputError for what is no rate of stochastic depth: a block that is always dropped cannot be scaled up."""
+    if not 0 <= rate < 1:
+        raise InputError("drop_path", rate, "at least 0 and less than 1")
+
+
 def names() -> list[str]:
     """Every model of timm."""
     return _timm().list_models()
@@ -53,13 +59,14 @@ def build(
     Args:
         name: a model of timm.
         mechanism: in place of a ViT's attention; in RAVLT, MAViT and NaLaFormer in place of the linear attention of stages 1 and 2.
-        drop_path: rate of stochastic depth in the last block.
+        drop_path: rate of stochastic depth in the last block, less than 1.
         options: the mechanism's.
 
     Raises:
-        InputError: an unknown model (with the nearest names), images that do not fit it, or a mechanism that cannot stand in it.
+        InputError: an unknown model (with the nearest names), no rate, images that do not fit it, or a mechanism that cannot stand in it.
     """
     check(name)
+    check_drop_path(drop_path)
     timm = _timm()
     channels, rows, columns = data.shape
     sizes: dict[str, Any] = {"in_chans": channels, "num_classes": len(data.classes)}
@@ -75,6 +82,8 @@ def build(
     except InputError:
         raise
     except Exception as error:  # whatever timm says of sizes that do not fit
+        if "'drop_path_rate'" in str(error):
+            raise InputError("drop_path", drop_path, f"0, as {name} has no stochastic depth") from None
         raise InputError("model", f"{name!r} for images of {channels} × {rows} × {columns} ({error})", "a model that takes them") from None
     _check_patch(model, name, rows, columns)
     if mechanism is not None:

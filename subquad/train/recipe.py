@@ -57,10 +57,10 @@ class Recipe:
         bounds = {"lr": (0, math.inf), "clip": (0, math.inf)}
         for name, (low, high) in bounds.items():
             if not low < getattr(self, name) < high:
-                raise InputError(name, getattr(self, name), "a number above 0")
+                raise InputError(name, getattr(self, name), "a finite number above 0")
         for name in ("weight_decay", "warmup", "mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(name, getattr(self, name), "a number of at least 0")
+                raise InputError(name, getattr(self, name), "a finite number of at least 0")
         for name in ("smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "at least 0 and less than 1")

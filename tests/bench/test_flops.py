@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 from typer.testing import CliRunner
@@ -14,7 +15,6 @@ import subquad
 from subquad.bench.flops import flops
 from subquad.cli import app
 
-timm = pytest.importorskip("timm")
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 

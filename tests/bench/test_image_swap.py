@@ -4,7 +4,9 @@ import copy
 import json
 
 import pytest
+import timm
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import subquad
@@ -16,8 +18,6 @@ from subquad.bench.images import find_images, is_image_model, load_image_model, 
 from subquad.cli import app
 from subquad.convert import resize
 
-timm = pytest.importorskip("timm")
-transformers = pytest.importorskip("transformers")
 SIZES = {
     "ViT": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8},
     "Swin": {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "patch_size": 2, "window_size": 4},
@@ -45,7 +45,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    image = pytest.importorskip("PIL.Image")
+    from PIL import Image as image
+
     root = tmp_path_factory.mktemp("photos")
     torch.manual_seed(0)
     for name in ("b.png", "a.png"):

@@ -4,14 +4,13 @@ import json
 import math
 
 import pytest
+import timm
 import torch
 from typer.testing import CliRunner
 
 import subquad
 from subquad.bench.spectrum import Layer, buffer, capture, ranks, spectrum
 from subquad.cli import app
-
-timm = pytest.importorskip("timm")
 
 
 def matrix(values, rows=9, columns=6):
@@ -61,7 +60,8 @@ def windowed(library):
         sizes = {"embed_dim": 8, "depths": (2,), "num_heads": (2,), "window_size": 4, "patch_size": 4}
         model = timm.models.SwinTransformer(img_size=32, num_classes=2, **sizes)
     else:
-        transformers = pytest.importorskip("transformers")
+        import transformers
+
         sizes = {"embed_dim": 8, "depths": (2,), "num_heads": (2,), "window_size": 4, "patch_size": 4}
         model = transformers.SwinModel(transformers.SwinConfig(image_size=32, initializer_range=0.3, **sizes))
     for name, parameter in model.named_parameters():
@@ -169,7 +169,8 @@ def test_each_mechanism_has_a_colour_of_its_own():
 
 @pytest.fixture
 def photo(tmp_path):
-    image = pytest.importorskip("PIL.Image")
+    from PIL import Image as image
+
     torch.manual_seed(0)
     path = tmp_path / "photo.png"
     image.fromarray((255 * torch.rand(40, 50, 3)).byte().numpy()).save(path)
@@ -191,7 +192,8 @@ def test_the_command(photo, tmp_path):
 
 @pytest.mark.parametrize("kind", ["ViT", "DeiT", "Swin"])
 def test_the_command_on_folders_of_transformers(kind, photo, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     vit = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
     sizes = {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "window_size": 4} if kind == "Swin" else vit

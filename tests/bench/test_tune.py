@@ -215,3 +215,12 @@ def test_the_pass_is_the_whole_operator(decay):
     found = tune.values(call())
     assert set(found) == set("oqkvg") and found["g"].numel() == {"none": 0, "scalar": 10, "channel": 160}[decay]
     assert tune.same(tune.values(call()), found, 0.0)
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="Triton compiles here")
+@pytest.mark.parametrize("decay", tune.KERNELS["keys"])
+def test_passes_of_two_sums_are_compared_in_all_that_they_give(decay):
+    given = (1, 10, 1, 16), torch.float32, "cpu"
+    sums = {"dots"} if decay == "scalar" else set()
+    assert set(tune.values(tune.operation(tune.Case("queries", decay, 16, 32), *given)())) == {"o", "more"} | sums
+    assert set(tune.values(tune.operation(tune.Case("keys", decay, 16, 32), *given)())) == {"o"} | sums

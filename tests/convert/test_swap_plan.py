@@ -35,7 +35,7 @@ def test_a_mapping_names_a_mechanism_for_each_layer():
     ("to", "layers", "options", "message"),
     [
         ("toy-liner", "all", {}, "nearest: toy-linear"),
-        ("toy-linear", "all", {"bais": 1.0}, "bais: got 'bais'; expected a option of toy-linear; nearest: bias"),
+        ("toy-linear", "all", {"bais": 1.0}, "bais: got 'bais'; expected an option of toy-linear; nearest: bias"),
         ("toy-linear", "all", {"bias": object()}, "JSON"),
         ("toy-linear", [6], {}, "layers: got layer 6; expected an index from -6 to 5"),
         ("toy-linear", [-7], {}, "layer -7"),

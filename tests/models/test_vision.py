@@ -43,7 +43,10 @@ def parameters(name):
         return sum(p.numel() for p in vision_model(name).parameters())
 
 
-@pytest.mark.parametrize("name, millions", [("ravlt_t", 15), ("ravlt_s", 26), ("ravlt_b", 48), ("ravlt_l", 95)])
+MILLIONS = {"ravlt_t": 15, "ravlt_s": 26, "ravlt_b": 48, "ravlt_l": 95, "mavit_t": 16, "mavit_s": 27, "mavit_b": 50, "mavit_l": 98}
+
+
+@pytest.mark.parametrize("name, millions", MILLIONS.items())
 def test_parameters_as_published(name, millions):
     assert round(parameters(name) / 1e6) == millions
 

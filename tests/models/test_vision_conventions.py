@@ -1,11 +1,16 @@
 """What timm expects of a network, for those whose own tests leave it out: features, classifier, groups, recomputing, errors."""
 
+import copy
+import functools
+
 import pytest
 import timm
 import torch
 
 from subquad import InputError
 from subquad.models.vision import vision_model
+from subquad.models.vision.variants import VARIANTS as ALL
+from subquad.ops.moments import chunked
 
 STAGED = {"dims": (8, 16, 24, 32), "depths": (2, 2, 2, 2), "heads": (1, 2, 2, 4), "linear": (2, 1, 0, 0), "window": 3}
 SMALL = {
@@ -14,10 +19,12 @@ SMALL = {
     "lightnet_t": {"dim": 32, "depth": 4, "heads": 4},
 }
 PLAIN = [name for name in SMALL if "swin" not in name]
+STAGES = {name: STAGED[name] for name in ("dims", "depths", "heads")}
+EVERY = {**SMALL, "l2vit_t": STAGES, "ravlt_s": {**STAGES, "head_width": 20}, "nalaformer_s": {**STAGES, "head_width": 20}}
 
 
 def small(name, **options):
-    model = vision_model(name, **{"num_classes": 7, "drop_path_rate": 0.0, **SMALL[name], **options})
+    model = vision_model(name, **{"num_classes": 7, "drop_path_rate": 0.0, **EVERY[name], **options})
     for p in model.parameters():  # large enough that every part shows in the output
         p.data = torch.randn_like(p) / p[0].numel() ** 0.5 if p.dim() > 1 else p + torch.randn_like(p) / 4
     return model
@@ -69,6 +76,38 @@ def test_features_only(name):
     assert default.feature_info.reduction() == ([16] * 3 if name in PLAIN else [4, 8, 16, 32])
 
 
+@pytest.mark.parametrize("features_only", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_an_image_size_is_taken_as_timm_gives_it(name, features_only):
+    """A side, or rows and columns. InLine-DeiT's positions are learned for it, and nothing else depends on it."""
+    make = functools.partial(timm.create_model, name, features_only=features_only, num_classes=7, in_chans=1)
+    with torch.device("meta"):
+        default, images = make().eval(), torch.zeros(1, 1, 64, 96)
+        for size, cells in ((64, 16), ((64, 96), 24), ([64, 96], 24)):
+            model = make(img_size=size).eval()
+            shapes = {key: t.shape for key, t in default.state_dict().items()}
+            if "deit" in name:
+                shapes |= {key: (1, 1 + cells, shape[2]) for key, shape in shapes.items() if key.endswith("pos_embed")}
+            assert {key: t.shape for key, t in model.state_dict().items()} == shapes
+            assert model(images)[0].shape[0] == (1 if features_only else 7)
+        for size in (15, 64.0, "64", (64,), (64, 64, 3), True):
+            with pytest.raises(InputError, match="img_size"):
+                make(img_size=size)
+
+
+def test_positions_are_learned_for_rows_and_columns():
+    model, images = small("inline_deit_tiny", img_size=(32, 64)).eval(), torch.randn(1, 3, 32, 64)
+    assert torch.equal(model.positions((2, 4)), model.pos_embed)
+    seen = torch.nn.functional.interpolate(model.pos_embed[:, 1:].mT.unflatten(2, (2, 4)), (3, 5), mode="bicubic")
+    assert torch.equal(model.positions((3, 5))[:, 1:], seen.flatten(2).mT) and torch.equal(
+        model.positions((3, 5))[:, 0], model.pos_embed[:, 0]
+    )
+    with torch.no_grad():
+        before = model(images)
+        model.pos_embed[:, 3] += torch.randn(32)
+        assert not near(model(images), before, 1e-3)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients_reach_every_parameter(name):
     model = small(name, global_pool="avg").double()  # the class token alone sees nothing of the last local residual
@@ -93,6 +132,30 @@ def test_checkpointing_gives_the_same_gradients_and_recomputes(name):
     largest = max(g.abs().max() for g in grads[0])
     assert runs == [len(blocks_of(model)), 2 * len(blocks_of(model))]
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5 * largest) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("name, compiled", [*((name, False) for name in EVERY if name not in PLAIN), ("l2vit_t", True)])
+def test_checkpointing_leaves_the_same_state_after_two_steps(name, compiled):
+    """Weights and batch norms' statistics and counts; blocks are computed twice, an average of batches is taken once."""
+    torch.compiler.reset()  # models share a forward, which one process compiles for a few only
+    start, images, states = small(name, drop_path_rate=0.5), torch.randn(4, 3, 64, 64), []
+    norms = [m for block in blocks_of(start) for m in block.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == (4 if name == "l2vit_t" else 0)
+    for norm in () if compiled else norms[1:]:
+        norm.momentum = None  # the mean over all batches, which no graph has
+    for enable in (False, True):
+        model = copy.deepcopy(start)
+        model.set_grad_checkpointing(enable)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        for step in range(2):
+            torch.manual_seed(step)
+            run(images * (1 + step)).square().mean().backward()
+            optimizer.step(), optimizer.zero_grad()
+        states.append(model.state_dict())
+        assert all(count == 2 for key, count in model.state_dict().items() if key.endswith("num_batches_tracked"))
+        assert [getattr(m, "momentum", 0) for m in model.modules()] == [getattr(m, "momentum", 0) for m in start.modules()]
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -130,9 +193,22 @@ def test_autocast_stays_near_float32(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_compiles_whole_and_takes_no_images(name):
+    torch.compiler.reset()  # as above
     model, images = small(name, **({"depth": 1} if name in PLAIN else {})).eval(), torch.randn(2, 3, 64, 96)
     assert near(torch.compile(model, backend="aot_eager", fullgraph=True)(images), model(images))
     assert model(images[:0]).shape == (0, 7)
+
+
+# numbers in a cache: one piece of the first map, for up to two images, or two
+@pytest.mark.parametrize("name, block", [*((name, 1 << 12) for name in EVERY), ("lightnet_t", 1 << 10), ("ravlt_s", 1 << 10)])
+def test_an_export_serves_any_batch(name, block, monkeypatch):
+    monkeypatch.setattr(chunked, "CPU_BLOCK", block)
+    model = small(name).eval()
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    exported = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=shapes).module()
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, 64, 64)
+        assert near(exported(images), model(images))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -145,6 +221,7 @@ def test_compiles_whole_and_takes_no_images(name):
         ("images", {}, torch.zeros(3, 64, 64)),
         ("heads", {"heads": 3}, None),
         ("drop_path_rate", {"drop_path_rate": 1.0}, None),
+        ("drop_rate", {"drop_rate": 1.5}, None),
         ("in_chans", {"in_chans": 0}, None),
         ("num_classes", {"num_classes": -1}, None),
         ("global_pool", {"global_pool": ""}, None),

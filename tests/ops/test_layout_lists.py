@@ -239,7 +239,6 @@ GRIDS = [lambda: Layout.neighborhood((6, 10), 3), lambda: Layout.circle((3, 4, 5
 
 @pytest.mark.parametrize("make", [*MADE.values(), *GRIDS])
 def test_plots(make):
-    pytest.importorskip("matplotlib")
     from subquad.ops.sparse.show import blocks
 
     layout = make()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from subquad.ops.linear import linear_attention as public
 from subquad.ops.linear import reference

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from bounds import OutOfBounds, check_bounds
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from subquad.ops.sparse import Layout
 from subquad.ops.sparse.grids import Neighborhood

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from subquad.ops import step
 from subquad.ops.delta.reference import delta_rule

@@ -89,6 +89,10 @@ def test_an_interrupted_command_goes_on(photos, tmp_path, monkeypatch):
         (["--model", "test_vit", "--data", "mnist", "--size", "32", "--precision", "float8"], "float32"),
         (["--model", "test_vit", "--data", "nowhere/at/all"], "a folder of images"),
         (["--model", "test_vit", "--data", "mnist", "--lr", "0"], "lr: got 0.0"),
+        (["--model", "test_vit", "--data", "mnist", "--drop-path", "1"], "drop_path: got 1.0; expected at least 0 and less than 1"),
+        (["--model", "test_vit", "--data", "mnist", "--drop-path", "-0.1"], "drop_path: got -0.1"),
+        (["--model", "test_vit", "--data", "mnist", "--drop-path", "nan"], "drop_path: got nan"),
+        (["--model", "vgg11", "--data", "mnist", "--size", "32", "--drop-path", "0.1"], "0, as vgg11 has no stochastic depth"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(words, expected):
@@ -123,3 +127,11 @@ def test_spread_is_of_a_sample():
     runs = [Result(0.5, 1.0, [{"accuracy": a}], 10, 2.0) for a in (0.4, 0.6)]
     row = Trained("m", 1000, 32, runs)
     assert row.rate == 160 and row.curve("accuracy") == [(1, 0.5)]
+
+
+def test_images_per_second_are_without_first_steps():
+    """Ten steps of which the first took 6 of 9 seconds, and eight of which two, before and after an interruption, took 5 of 6."""
+    runs = [Result(0.5, 1.0, [], 10, 9.0, starts=1, start_seconds=6.0), Result(0.5, 1.0, [], 8, 6.0, 4, starts=2, start_seconds=5.0)]
+    assert Trained("m", 1000, 32, runs).rate == pytest.approx((9 + 6) * 32 / (3 + 1))
+    one = Trained("m", 1000, 32, [Result(0.5, 1.0, [], 1, 9.0, starts=1, start_seconds=9.0)])
+    assert one.rate is None and one.cells()[-1] == "–"

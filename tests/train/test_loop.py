@@ -1,8 +1,10 @@
 """The loop: it learns, resumes exactly, averages by the formula, and gives every model the same batches."""
 
+import itertools
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,13 +59,28 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(digits, tmp_path, make, s
     resumed = make()
     found = loop.train(resumed, digits, RECIPE, seed=4, out=tmp_path)
     assert found.resumed_from == stop and found.steps == expected.steps == 18
+    assert (expected.starts, found.starts) == (1, 2) and 0 < found.start_seconds < found.seconds
     for key, x in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[key], x, rtol=0, atol=1e-6)
     for a, b in zip(found.history, expected.history):
         assert a == pytest.approx(b, abs=1e-6)
     again = cnn() if make is cnn else vit()
-    assert loop.train(again, digits, RECIPE, seed=4, out=tmp_path).history == found.history  # a finished run gives its result again
+    finished = loop.train(again, digits, RECIPE, seed=4, out=tmp_path)  # a finished run gives its result again
+    assert (finished.history, finished.starts, finished.start_seconds) == (found.history, found.starts, found.start_seconds)
     torch.testing.assert_close(again.state_dict(), resumed.state_dict())
+
+
+def test_the_first_step_is_timed_apart(digits, monkeypatch):
+    """On a clock that goes by a second each time it is read, but by a hundred in each first step."""
+    clock, now = itertools.count(), [0.0]
+
+    def read():
+        now[0] += 1.0 + 99.0 * (next(clock) == 1)  # the second reading ends the first step
+        return now[0]
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=read))
+    result = loop.train(vit(), digits, replace(RECIPE, epochs=1), engine="torch")
+    assert (result.starts, result.start_seconds, result.seconds) == (1, 100.0, 100.0 + 5 + 1)  # and a wait at the epoch's end
 
 
 def test_weights_are_averaged_by_the_formula(digits):
@@ -134,6 +151,9 @@ def test_bad_runs_are_one_clear_line(digits, tmp_path, monkeypatch):
         loop.train(vit(), digits, RECIPE, engine="acelerate")
     with pytest.raises(InputError, match="not finite"):
         loop.train(cnn(), digits, Recipe(epochs=1, batch_size=16, lr=1e30, warmup=0, clip=1e30), engine="torch")
+    one = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 10))
+    with pytest.raises(InputError, match="batch_size: got 1; expected a larger one, or larger images"):
+        loop.train(one, digits, Recipe(epochs=1, batch_size=1, mixup=0.0), engine="torch")
     loop.train(vit(), digits, replace(RECIPE, epochs=1), out=tmp_path / "a", engine="torch")
     with pytest.raises(InputError, match="epochs"):
         loop.train(vit(), digits, RECIPE, out=tmp_path / "a", engine="torch")

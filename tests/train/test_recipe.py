@@ -59,7 +59,15 @@ def test_randomness_is_of_seed_and_step_alone_and_leaves_the_rest_alone():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"epochs": 0}, {"lr": 0.0}, {"lr": math.nan}, {"mixup": -1.0}, {"smoothing": 1.0}, {"batch_size": 33}, {"warmup": 11.0}]
+    "bad",
+    [
+        {"epochs": 0},
+        {"batch_size": 33},
+        {"warmup": 11.0},
+        *({name: value} for name in ("lr", "clip") for value in (0.0, -1.0, math.nan, math.inf)),
+        *({name: value} for name in ("weight_decay", "warmup", "mixup", "cutmix") for value in (-1.0, math.nan, math.inf)),
+        *({name: value} for name in ("smoothing", "ema") for value in (-0.1, 1.0, math.nan)),
+    ],
 )
 def test_bad_recipes_are_named(bad):
     with pytest.raises(InputError) as caught:

@@ -10,10 +10,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from subquad.checks import InputError, shape_of
-from subquad.models.vision.blocks import Classifier, PadTo
+from subquad.checks import InputError, autocasts, shape_of
+from subquad.models.vision.blocks import Classifier, PadTo, recomputed
+
+
+def image_sides(img_size: int | Sequence[int], least: int) -> tuple[int, int]:
+    """Rows and columns of images of a size, a side or both. Raises InputError if it is none, or below `least`."""
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size) if isinstance(img_size, list | tuple) else ()
+    if len(sides) != 2 or not all(type(side) is int and side >= least for side in sides):
+        raise InputError("img_size", repr(img_size), f"an integer of at least {least}, or two, for rows and columns")
+    return sides[0], sides[1]
 
 
 class ImageModel(nn.Module):
@@ -136,7 +143,7 @@ class ImageModel(nn.Module):
                 "images", shape_of(images), f"{should}, normalised: of bytes, images.float() / 255 less a mean, over a deviation"
             )
         weights = next(self.stem.parameters()).dtype
-        if images.dtype != weights and (images.dtype == torch.float64 or not torch.is_autocast_enabled(images.device.type)):
+        if images.dtype != weights and (images.dtype == torch.float64 or not autocasts(images)):
             raise InputError(
                 "images", shape_of(images), f"images of the weights' dtype, {str(weights).removeprefix('torch.')}, or autocast"
             )
@@ -280,7 +287,7 @@ class PlainBackbone(ImageModel):
 
     def _step(self, part: nn.Module, x: Tensor, *given: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, x, *given, use_reentrant=False)  # type: ignore[return-value]
+            return recomputed(part, x, *given)
         return part(x, *given)
 
     def _last(self, x: Tensor) -> Tensor:

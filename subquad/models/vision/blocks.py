@@ -10,12 +10,14 @@ RAVLT's and MAViT's own are the block, its attention layer and its feed-forward 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from subquad.checks import InputError
@@ -107,6 +109,26 @@ class Block(nn.Module):
         return x + self.drop_path(self.gamma2 * self.ffn(self.norm2(x)))
 
 
+def recomputed(part: nn.Module, *given: Any) -> Any:
+    """What `part` makes of `given`, its activations computed again in the backward pass, which leaves batch norms' statistics alone."""
+    if torch.compiler.is_compiling():  # buffers are written once there, whatever is computed again
+        return checkpoint(part, *given, use_reentrant=False)
+    return checkpoint(part, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_held(part)))
+
+
+@contextmanager
+def _statistics_held(part: nn.Module) -> Iterator[None]:
+    """Batch norms normalise as before, and neither average nor count."""
+    held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in part.modules() if isinstance(norm, _BatchNorm)]
+    for norm, _, _ in held:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in held:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 class Stage(nn.Module):
     """A downsampling (stage 1: none), then blocks: ``[B, C, H, W]`` to ``[B, C′, ⌈H/2⌉, ⌈W/2⌉]``.
 
@@ -128,7 +150,7 @@ class Stage(nn.Module):
             rotary = (rala_rotary((x.shape[1], x.shape[2]), self.rotary_dim, device=x.device),)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *rotary, use_reentrant=False)
+                x = recomputed(block, x, *rotary)
             else:
                 x = block(x, *rotary)
         return x.permute(0, 3, 1, 2)
@@ -141,6 +163,8 @@ class Classifier(nn.Module):
 
     def __init__(self, width: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
         super().__init__()
+        if not 0 <= drop_rate <= 1:
+            raise InputError("drop_rate", drop_rate, "a rate from 0 to 1")
         self.width = width
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, global_pool)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from subquad.checks import InputError, compute_dtype
 from subquad.contract import attention
-from subquad.models.vision.backbone import Backbone, ClassTokenClassifier, PlainBackbone
+from subquad.models.vision.backbone import Backbone, ClassTokenClassifier, PlainBackbone, image_sides
 from subquad.models.vision.blocks import ChannelNorm, DropPath, NormHead, PadTo, Stage, feed_forward
 
 # Options of `InLineDeiT` and `InLineSwin` for each size; of DeiT, the images' side too, which the positions are learned for.
@@ -178,7 +178,7 @@ class InLineDeiT(PlainBackbone):
     Images of another size than `img_size` get its positions interpolated; the class token has a position of its own.
 
     Args:
-        img_size: side of the images, in pixels, that the positions are learned for.
+        img_size: side of the images in pixels, or rows and columns, that the positions are learned for.
         in_chans: channels of the images.
         num_classes: 0 for no classifier: the model then returns ``[B, dim]``.
         dim, depth, heads: width, blocks, heads.
@@ -195,7 +195,7 @@ class InLineDeiT(PlainBackbone):
     def __init__(
         self,
         *,
-        img_size: int = 224,
+        img_size: int | Sequence[int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         dim: int = 192,
@@ -208,11 +208,10 @@ class InLineDeiT(PlainBackbone):
         global_pool: str = "token",
     ) -> None:
         super().__init__(in_chans, num_classes, drop_path_rate, dim=dim, depth=depth, heads=heads, patch_size=patch_size, extra=1)
-        if type(img_size) is not int or img_size < patch_size:
-            raise InputError("img_size", repr(img_size), f"an integer of at least the patch size, {patch_size}")
-        self.side = -(-img_size // patch_size)
+        rows, columns = (-(-side // patch_size) for side in image_sides(img_size, patch_size))
+        self.learned = rows, columns  # the positions' grid
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.side**2, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + rows * columns, dim))
         self.blocks = nn.ModuleList(Block(InLineAttend(dim, heads, 1), dim, mlp_ratio, rate, 1e-6) for [rate] in self.rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = ClassTokenClassifier(dim, num_classes, global_pool, drop_rate)
@@ -226,9 +225,9 @@ class InLineDeiT(PlainBackbone):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """``[1, 1 + rows · columns, C]``: the class token's, then the grid's, interpolated if it is not the one they are learned for."""
-        if grid == (self.side, self.side):
+        if grid == self.learned:
             return self.pos_embed
-        table = self.pos_embed[:, 1:].mT.unflatten(2, (self.side, self.side))
+        table = self.pos_embed[:, 1:].mT.unflatten(2, self.learned)
         table = F.interpolate(table.to(compute_dtype(table)), grid, mode="bicubic").to(table.dtype)  # not every device has it in 16 bits
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).mT], 1)
 

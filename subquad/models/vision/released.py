@@ -138,12 +138,38 @@ def load_released(model: Model, path: str | Path) -> Model:
         raise InputError("path", f"{path}, which has no {_first(missing)}", "a checkpoint of this model's size")
     if unknown:
         raise InputError("path", f"{path}, which also has {_first(unknown)}", "a checkpoint of this model's size")
+    check_numbers(own, found, "path", path)
     wrong = [n for n in own if _squeezed(found[n]) != _squeezed(own[n])]
     if wrong:
         shapes = [f"{n} {list(found[n].shape)} where the model has {list(own[n].shape)}" for n in wrong]
         raise InputError("path", f"{path}, with {_first(shapes)}", "a checkpoint of this model's size and number of classes")
     model.load_state_dict({n: found[n].reshape(own[n].shape) for n in own})
     return model
+
+
+def check_numbers(own: Mapping[str, Tensor], found: Mapping[str, Tensor], argument: str, path: Path) -> None:
+    """Raises InputError where `found` has another kind of numbers than `own`. Counts may be real, as in files cast as a whole."""
+    wrong = [n for n, x in own.items() if _kind(found[n]) not in (_kind(x), "real")]
+    if wrong:
+        kinds = [f"{n} of {_dtype(found[n])} where the model has {_dtype(own[n])}" for n in wrong]
+        raise InputError(argument, f"{path}, with {_first(kinds)}", "numbers of the model's kind, in any precision")
+
+
+def _kind(tensor: Tensor) -> str:
+    return (
+        "real" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "bool" if tensor.dtype == torch.bool else "integer"
+    )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _storage(tensor: Tensor) -> str:
+    """How it holds its numbers; a meta tensor holds none."""
+    if tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        return "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else "nested"
+    return "dense" if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:
@@ -177,4 +203,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Tensor]:
         held = {n.removeprefix("module."): x for n, x in held.items()}  # saved from torch's data-parallel wrapper
     if not isinstance(held, Mapping) or not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in held.items()):
         raise InputError("path", f"{path}, which holds {type(held).__name__}", 'a state dict of tensors, or one under "model"')
+    odd = [f"{n} ({_storage(x)})" for n, x in held.items() if _storage(x) != "dense"]
+    if odd:
+        raise InputError("path", f"{path}, with {_first(odd)}", "dense tensors that hold their numbers")
     return held

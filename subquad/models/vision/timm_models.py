@@ -8,13 +8,17 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from subquad.models.vision.backbone import Backbone
+from subquad.models.vision.backbone import Backbone, image_sides
 from subquad.models.vision.variants import VARIANTS, Variant
 
 
+def _least(variant: Variant, options: dict[str, Any]) -> int:
+    """Rows and columns of an image, at least: the total stride, or a patch."""
+    return Backbone.least if issubclass(variant.model, Backbone) else options.get("patch_size", 16)
+
+
 def _config(variant: Variant) -> dict[str, Any]:
-    staged = issubclass(variant.model, Backbone)
-    least = Backbone.least if staged else 16  # a patch
+    staged, least = issubclass(variant.model, Backbone), _least(variant, variant.options)
     return {
         "num_classes": 1000,
         "input_size": (3, variant.image, variant.image),
@@ -38,8 +42,8 @@ def _entry_point(name: str, variant: Variant) -> Callable[..., Any]:
     def create(pretrained: bool = False, **options: Any) -> Any:
         # all four stages; of equal blocks, the last three
         features = {"out_indices": (0, 1, 2, 3) if issubclass(variant.model, Backbone) else 3, "feature_cls": "getter"}
-        if issubclass(variant.model, Backbone):
-            options.pop("img_size", None)  # any size is taken; timm's own models of windows are told one
+        if "img_size" not in variant.options and "img_size" in options:  # nothing here is made for one size
+            image_sides(options.pop("img_size"), _least(variant, options))
         return build_model_with_cfg(variant.model, name, pretrained, feature_cfg=features, **{**variant.options, **options})
 
     create.__name__ = create.__qualname__ = name

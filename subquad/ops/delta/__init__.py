@@ -38,6 +38,7 @@ def delta_rule(
 
     Args:
         q, k: ``[B, N, ·, D]``; v: ``[B, N, ·, V]``. Head counts divide the largest, H; Hs is the larger of k's and v's.
+            D > 128 is computed by plain PyTorch on CUDA too, but for decoding.
             Keys are used as given: with β ≤ 1 they should have norm 1 at most, or the state may grow without bound.
         beta: ``[B, N, Hs]``, the size of each correction.
         log_decay: log a ≤ 0 per token ``[B, N, Hs]``, or per channel ``[B, N, Hs, D]``, which on CUDA too is computed by plain

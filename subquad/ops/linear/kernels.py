@@ -3,7 +3,7 @@
 With W_ts = 2^(G_t − G_s), a pass gives o_t = scale · Σ_{s≤t} W_ts (a_t · b_s) c_s, or the sum over s ≥ t with `REVERSE`.
 A program owns one sequence, one head and one tile of the columns of c. It keeps the state Σ W b cᵀ ``[BD, BV]`` in
 registers from the first chunk to the last, so that a, b and c are read once, o is written once and no state is stored.
-The delta rule's gradients are such passes too; some are strict, s ≠ t.
+The delta rule's gradients are such passes too, with a second sum that is strict, s ≠ t.
 
 A decay per channel weighs the rows of the state (`CHANNEL`) in o and v̇, and its columns (`COLUMN`) in q̇ and k̇; the tokens
 come weighed from `weigh.py`. Decays per token weigh pairs by a product, 2^(g_t − g_C) · 2^(g_C − g_s), or where that would
@@ -73,7 +73,7 @@ def pass_kernel(
     sa_n: tl.constexpr, sb_n: tl.constexpr, sc_n: tl.constexpr, sx_n: tl.constexpr,
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
     ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, START: tl.constexpr,
+    DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr,
     FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, MORE: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
     SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def pass_kernel(
         a ``[B, N, H/GA, D]``, b ``[B, N, H/GB, D]``, c ``[B, N, H/GC, V]``, by strides; o ``[B, N, H, V]``, contiguous.
         w ``[B, N, H, D]``, contiguous, with MORE: KEYS of a second, strict sum of the same queries a, over values x, which shares
             the state; or further QUERIES of it, whose strict sums go to `more`, like o. x ``[B, N, H/GX, V]``, by strides.
-        add: with ADD ``[B, N, H, V]``, contiguous: joins the output. STRICT leaves each token's own source out of it.
+        add: with ADD ``[B, N, H, V]``, contiguous: joins the output.
         P: decays as log2: per token `sums_kernel`'s, per channel the totals of `weigh_kernel`.
         risky: per channel, marks of the chunks whose pairs are left out.
         EXACT: per token, weigh pairs one by one, not by products, which overflow where a chunk decays much.
@@ -92,7 +92,7 @@ def pass_kernel(
             ONCE, as for gradients, the start enters the first of a group, and each head has its own final.
         LEFT: per token, weigh and round b, not c, where they enter the state, as the row sums of the backward do: what a final
             state adds to the decays' gradient then cancels with them.
-        dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x, without `add`, and of more·c.
+        dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x, without `add` (in float32 also without s = t), and of more·c.
         totals: without OUT, the decay over the segment, as log2 ``[sequences, H, segments, 1, D or V]``.
         SPLIT: read the state in two parts of MT, as the gradient of decays needs: between q·q̇ and k·k̇ much cancels, and
             rounding would add up. For that x is also weighed and rounded as the other direction's sources are.
@@ -112,9 +112,10 @@ def pass_kernel(
     PW: tl.constexpr = C if DECAY == TOKEN else D if DECAY == CHANNEL else V  # what P holds of a chunk
     seen = (rows[:, None] <= rows[None, :]) if REVERSE else (rows[:, None] >= rows[None, :])
     others = seen & (rows[:, None] != rows[None, :])
-    # s = t cancels in the gradient of decays; beside strong ones it is most of a row sum, and stays out of it for its digits
-    OWN: tl.constexpr = DOT and EXACT and not STRICT and tl.float32 == MT
-    seen = others if STRICT or OWN else seen
+    # s = t cancels in the gradient of decays; beside strong ones it is most of a row sum, and stays out of it for its digits, and
+    # beside weak ones as well: the other direction may have other segments, where these pairs are weighed the other way
+    OWN: tl.constexpr = DOT and tl.float32 == MT
+    seen = others if OWN else seen
 
     here = (i_b * N + begin) * H + i_h
     b += i_b * sb_b + begin * sb_n + (i_h // GB) * sb_h
@@ -223,6 +224,7 @@ def pass_kernel(
             acc = add_pairs(acc, scores, p, kept, tc, source, EXACT, MT, IP)
             if OWN:
                 own = tl.sum(tl.where(rows[:, None] == rows[None, :], scores, 0.0), 1)[:, None]
+                own = own if EXACT else own * enters
         if MORE == KEYS:
             tw = load_tile(w + at * (H * D), H * D, rows, left, ds, D, BD).to(MT)
             source = (tx * enters if DECAY == TOKEN else tx).to(MT)
@@ -239,7 +241,7 @@ def pass_kernel(
             if MORE != QUERIES:
                 tl.store(dots + at + rows, summed * factor, mask=rows < left)
         if OWN:
-            acc += own * tc.to(tl.float32)
+            acc += own * tc
         if OUT:
             acc *= row * scale if DECAY == TOKEN and not EXACT else scale
             if ADD:

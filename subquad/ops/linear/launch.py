@@ -101,7 +101,6 @@ def linear_pass(
     split: bool = False,
     x: Tensor | None = None,
     dots: bool = False,
-    strict: bool = False,
     more_keys: Tensor | None = None,
     more_queries: Tensor | None = None,
     add: Tensor | None = None,
@@ -111,15 +110,16 @@ def linear_pass(
     and with `dots` what they give times c is summed too. Both are ``[B, N, heads, D]``, contiguous, and strict."""
     batch, tokens, _, width = a.shape
     columns, device, sequences = c.shape[3], a.device, count_sequences(a, cu)
-    more, which = (more_keys, kernels.KEYS) if more_keys is not None else (more_queries, kernels.QUERIES)
-    which = 0 if more is None else which.value
+    more, which = more_queries, 0 if more_queries is None else kernels.QUERIES.value
+    if more_keys is not None:
+        more, which = more_keys, kernels.KEYS.value
     x, start = x if dots or more_keys is not None else None, None if start is None else start.contiguous()
     by = (*a.stride()[:3:2], *b.stride()[:3:2], *c.stride()[:3:2], *((0, 0) if x is None else x.stride()[:3:2]))
     plan = _plan(
         steps_of(a, b, c, x), cdiv(tokens, CHUNK), width, columns,
         a.shape[2], b.shape[2], c.shape[2], (c if x is None else x).shape[2], a.dtype, device,
         decay.family, column, decay.both, 1 if decay.values is None else decay.values.shape[1], sequences, cu is not None, heads, group,
-        once, reverse, strict, start is not None, final, left, which, add is not None, dots, dots or split,
+        once, reverse, start is not None, final, left, which, add is not None, dots, dots or split,
     )  # fmt: skip
     o = torch.empty(batch, tokens, heads, columns, dtype=dtype, device=device)
     second = None if more_queries is None else torch.empty_like(o)
@@ -163,7 +163,7 @@ class _Plan(NamedTuple):
 def _plan(
     steps: tuple[int, ...], chunks: int, width: int, columns: int, a_heads: int, b_heads: int, c_heads: int, x_heads: int,
     dtype: torch.dtype, device: torch.device, family: str, column: bool, both: bool, decay_heads: int, sequences: int, packed: bool,
-    heads: int, group: int, once: bool, reverse: bool, strict: bool, started: bool, final: bool, left: bool, more: int, add: bool,
+    heads: int, group: int, once: bool, reverse: bool, started: bool, final: bool, left: bool, more: int, add: bool,
     dots: bool, split: bool,
 ) -> _Plan:  # fmt: skip
     """Found again by position, as the host has less time than the kernels take."""
@@ -178,7 +178,7 @@ def _plan(
         per_head = dict(zip(("GA", "GB", "GC", "GX", "GP"), (max(1, n // x) for x in (a_heads, b_heads, c_heads, x_heads, decay_heads))))
         return launcher(
             kernels.pass_kernel, **rows_by, H=n, **per_head, GS=grouped, ONCE=once and whole and (started or final), D=width, V=columns,
-            BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, **way, REVERSE=reverse, STRICT=strict, START=out and (started or not whole),
+            BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, **way, REVERSE=reverse, START=out and (started or not whole),
             FINAL=(final and whole) or not out, LEFT=left and bf16 and kind == 1, OUT=out, MORE=more, ADD=out and add,
             DOT=out and dots, SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16,
             IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from subquad.checks import InputError
-from subquad.ops.common import expand_heads
+from subquad.ops.common import batch_to_cut, expand_heads
 from subquad.ops.feature_maps import FeatureMap
 from subquad.ops.moments.moments import Moments, finite, merge_scaled
 from subquad.ops.moments.tiles import Packed, join_blocks, named_blocks, to_blocks
@@ -265,7 +265,8 @@ def pieces(x: Tokens, dim: int, width: int, like: str = "v") -> list[Tokens]:
     """Cut rows (dim 0) or tokens (dim 1) so that features of `width` fit a block; all cuts of a tensor in one operation,
     as its backward is then one concatenation."""
     t = x[like]
-    other = t.shape[1 - dim] * max(h.shape[2] for name, h in x.items() if name in ("q", "k", "v")) * max(width, t.shape[-1])
+    other = batch_to_cut(t) if dim else t.shape[1]
+    other *= max(h.shape[2] for name, h in x.items() if name in ("q", "k", "v")) * max(width, t.shape[-1])
     least = LEAST if dim == 1 else 1
     size = max(least, (CPU_BLOCK if t.device.type == "cpu" else GPU_BLOCK) // max(1, other))
     if size >= t.shape[dim]:

@@ -35,12 +35,12 @@ from subquad.ops.triton_blocks import LOG2E, load_tile, sequence, store_tile
 
 @triton.jit(do_not_specialize=["N", "splits", "parts", "scale", "eps"])
 def apply_back_kernel(
-    q, do, record, more, cos, sin, cu, dq, grads,
+    q, do, record, more, cos, sin, cu, terms, dq, grads,
     sq_b, sq_n, sq_h, sd_b, sd_n, sd_h, sr_b, N, splits, parts, scale, eps,
     H: tl.constexpr, GQ: tl.constexpr, GM: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, NORMAL: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
-    OUT: tl.constexpr, MORE: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    OUT: tl.constexpr, TWICE: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `apply_kernel`.
 
@@ -48,7 +48,9 @@ def apply_back_kernel(
         do: o's gradient ``[B, N, H, V]``, by strides.
         dq: with OUT ``[B, N, H, D]``, contiguous.
         grads: with SUMS ``[rows, H, splits, L]``, for `combine_kernel`.
-        more: with MORE ``[rows, H, parts, F]``, to be summed over parts: a gradient of the mean of φ(q).
+        TWICE: of the two passes of a global query, SUMS and OUT each in its own.
+        terms: with TWICE ``[B, N, H, 2]``, α of each token and the gradient of what its scores sum to: SUMS writes them, OUT reads them.
+        more: with TWICE and OUT ``[rows, H, parts, F]``, to be summed over parts: a gradient of the mean of φ(q).
     """
     program = tl.program_id(0)
     i_s, i_qh = program % splits, program // splits
@@ -61,7 +63,9 @@ def apply_back_kernel(
     vs = tl.arange(0, BV)
     q += i_b * sq_b + begin * sq_n + i_h // GQ * sq_h
     do += i_b * sd_b + begin * sd_n + i_h * sd_h
-    dq += ((i_b * N + begin) * H + i_h) * D
+    here = (i_b * N + begin) * H + i_h
+    dq += here * D
+    terms += here * 2
     cos += i_b * sr_b + begin * (D // 2)
     sin += i_b * sr_b + begin * (D // 2)
     record += (i_q * (H // GM) + i_h // GM) * L
@@ -72,7 +76,7 @@ def apply_back_kernel(
     if TWO:
         read_second, rest_second = in_parts(tl.trans(load_matrix(record, ch, vs, D, V, True) * by), MT, SPLIT)
     extra, extra_second = z * 0, z * 0
-    if MORE:
+    if OUT and TWICE:
         more += (i_q * H + i_h) * parts * F
         extra = add_parts(more, parts, F, ch, ch < D) / tl.maximum(n, 1)
         if TWO:
@@ -88,16 +92,24 @@ def apply_back_kernel(
         td = load_tile(do, sd_n, rows, n, vs, V, BV)
         phi = feature(x, MAP)
         own_z = pick(x, z[None, :], z_second[None, :], TWO)
-        t = tl.sum(phi * own_z, 1)
-        alpha, beta = normal(t, scale, eps, NORMAL)
-        alpha = tl.where(rows < live, alpha, 0.0)
-        c, s = angles(cos, sin, rows, n, D, BD) if TURN else (t, t)
+        if SUMS or not TWICE:
+            t = tl.sum(phi * own_z, 1)
+            alpha, beta = normal(t, scale, eps, NORMAL)
+            alpha = tl.where(rows < live, alpha, 0.0)
+        else:
+            alpha = tl.load(terms + rows * (2 * H), mask=rows < n, other=0.0)
+            dt = tl.load(terms + rows * (2 * H) + 1, mask=rows < n, other=0.0)
+        c, s = angles(cos, sin, rows, n, D, BD) if TURN else (alpha, alpha)
         back = turn(product(td.to(MT), read, rest, SPLIT, IP), c, -s, TURN)
         if TWO:
             back = pick(x, back, turn(product(td.to(MT), read_second, rest_second, SPLIT, IP), c, -s, TURN), TWO)
-        num = tl.sum(phi * back, 1)
-        b = tl.sum(td.to(tl.float32) * mean[None, :], 1) if CENTRED else num * 0
-        dt = tl.where(rows < live, normal_back(t, num, b, scale, eps, NORMAL), 0.0)
+        if SUMS or not TWICE:
+            num = tl.sum(phi * back, 1)
+            b = tl.sum(td.to(tl.float32) * mean[None, :], 1) if CENTRED else num * 0
+            dt = tl.where(rows < live, normal_back(t, num, b, scale, eps, NORMAL), 0.0)
+        if SUMS and TWICE:
+            tl.store(terms + rows * (2 * H), alpha, mask=rows < n)
+            tl.store(terms + rows * (2 * H) + 1, dt, mask=rows < n)
         if SUMS:
             d_weight += alpha * num + dt * t
             if CENTRED:
@@ -112,7 +124,7 @@ def apply_back_kernel(
                 dM_second = tl.dot(tl.trans(turn(part * alpha[:, None], c, s, TURN).to(MT)), td.to(MT), dM_second, input_precision=IP)
         if OUT:
             d_phi = back * alpha[:, None] + dt[:, None] * own_z
-            if MORE:
+            if OUT and TWICE:
                 d_phi += pick(x, extra[None, :], extra_second[None, :], TWO)
             store_tile(dq, H * D, rows, n, ch, D, BD, feature_back(x, phi, d_phi, MAP))
     if SUMS:
@@ -121,7 +133,7 @@ def apply_back_kernel(
 
 @triton.jit(do_not_specialize=["N", "splits", "scale"])
 def gather_back_kernel(
-    k, v, queries, logits, factors, seen, cos, sin, cu, record, grads, dk, dv, d_query, d_logits, d_factors,
+    k, v, queries, found, logits, factors, seen, cos, sin, cu, record, grads, dk, dv, d_query, d_logits, d_factors,
     sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, sl_b, sl_n, sl_h, sf_b, sf_n, sf_h, ss_b, ss_n, sr_b, N, splits, scale,
     H: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GG: tl.constexpr, GL: tl.constexpr, GF: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
@@ -132,6 +144,7 @@ def gather_back_kernel(
 
     Args:
         record, grads: ``[rows, H, L]``.
+        found: with QUERY the logits that `gather_kernel` found.
         dk, dv: ``[B, N, H, D or V]``, contiguous; d_logits, d_factors ``[B, N, H]``.
         d_query: with QUERY ``[rows, H, splits, F]``, to be summed over splits.
     """
@@ -180,7 +193,9 @@ def gather_back_kernel(
             tv = tl.where(keep[:, None], tv, 0.0)
         phi = feature(x, MAP)
         own = pick(x, query[None, :], query_second[None, :], TWO)
-        w, logit = weigh(phi, own, logits, factors, sl_n, sf_n, rows, keep, scale, QUERY, LOGITS, FACTORS)
+        w, logit = weigh(phi, own, logits, factors, sl_n, sf_n, rows, keep, scale, False, LOGITS, FACTORS)
+        if QUERY:
+            logit = tl.load(found + (here + rows * H), mask=keep, other=float("-inf"))
         grown = tl.exp2((logit - shift) * LOG2E) if QUERY or LOGITS else keep.to(tl.float32)
         w *= grown
         c, s = angles(cos, sin, rows, n, D, BD) if TURN else (w, w)

@@ -9,6 +9,7 @@ from subquad.ops.triton_blocks import LOG2E, in_two
 
 IDENTITY, ELU1, RELU, EXP, SILU, SIGN_CUBE, NORM_POWER = (tl.constexpr(i) for i in range(7))
 DIVIDE, FLOORED, NONE, MAGNITUDE, SUBTRACT = (tl.constexpr(i) for i in range(5))  # the last two also read the mean of v
+TINY = tl.constexpr(1.2e-38)
 
 
 # ---- features ----------------------------------------------------------------------------------------------------
@@ -26,11 +27,11 @@ def channels(D: tl.constexpr, BD: tl.constexpr, HALVES: tl.constexpr):
 
 @triton.jit
 def norm_terms(x):
-    """Of each row: 1/‖x‖, tanh ‖x‖, and log |x_c|/‖x‖."""
+    """Of each row: 1/‖x‖, tanh ‖x‖, and log₂ |x_c|/‖x‖, of 0 that of the least normal number."""
     norm = tl.sqrt(tl.sum(x * x, 1))
     norm = tl.where(norm > 0, norm, 1.0)
     tanh = 1 - 2 / (tl.exp(2 * norm) + 1)
-    return 1 / norm, tanh, tl.log(tl.where(x != 0, tl.abs(x), 1.0)) - tl.log(norm)[:, None]
+    return 1 / norm, tanh, tl.log2(tl.maximum(tl.abs(x), TINY)) - tl.log2(norm)[:, None]
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def feature(x, MAP: tl.constexpr):
         y = tl.abs(x * x * x)
     elif MAP == NORM_POWER:
         _, tanh, logs = norm_terms(x)
-        y = tl.where(x != 0, tl.exp2(3 * (0.5 + tanh)[:, None] * logs * LOG2E), 0.0)
+        y = tl.where(x != 0, tl.exp2(3 * (0.5 + tanh)[:, None] * logs), 0.0)
     else:
         y = x
     return y
@@ -72,7 +73,7 @@ def feature_back(x, phi, d, MAP: tl.constexpr):
         inverse, tanh, logs = norm_terms(x)
         power = 3 * (0.5 + tanh)
         d = d * phi
-        by_norm = 3 * (1 - tanh * tanh) * inverse * tl.sum(d * logs, 1) - power * inverse * inverse * tl.sum(d, 1)
+        by_norm = 3 * (1 - tanh * tanh) * inverse * tl.sum(d * logs, 1) / LOG2E - power * inverse * inverse * tl.sum(d, 1)
         y = d * power[:, None] / tl.where(x != 0, x, 1.0) + x * by_norm[:, None]
     else:
         y = d

@@ -37,12 +37,11 @@ def forward(
     """o ``[B, N, H, V]`` (empty without q), the record (empty without k), and what the backward reads again."""
     x = _read((q, k, v, record, query, logits, factors, seen, k_cos, k_sin, q_cos, q_sin, cu))
     run = plan(x, None, values, How(q_map, k_map, averaged, logit_scale, normalizer, mean, scale, eps, halves))
-    queries, kept = query, []
+    kept: list[Tensor] = []
     if x.k is not None:
-        if averaged and x.q is not None:
-            queries = run.mean(x.q, x)
-            kept = [queries]
-        record = run.gather(x, queries)
+        queries = run.mean(x.q, x) if averaged and x.q is not None else query
+        record, found = run.gather(x, queries)
+        kept = [t for t in (queries if averaged else None, found) if t is not None]
     assert record is not None
     o = run.empty(0) if x.q is None else run.apply(x, record)
     return o, run.empty(0) if x.k is None else record, kept
@@ -65,6 +64,8 @@ def _(*args: Any) -> Any:  # by itself, as a plan is remembered by sizes, which 
         record = like.new_empty(rows, heads, size.L, dtype=torch.float32)
         if how.averaged and x.q is not None:
             kept = [like.new_empty(rows, x.q.shape[2], 1, size.F, dtype=torch.float32)]
+        if kept or x.query is not None:
+            kept.append(like.new_empty(*like.shape[:2], heads, dtype=torch.float32))
     if x.q is not None:
         o = x.q.new_empty(*x.q.shape[:2], max(heads, x.q.shape[2]), values)
     return o, record, kept
@@ -86,18 +87,18 @@ def backward(
     assert on is not None
     keys = any(needed[name] for name in ("k", "v", "query", "logits", "factors")) or (averaged and needed["q"])
     found: dict[str, Tensor | None] = {"record": d_record}
+    terms = run.empty(run.batch, run.q_tokens, run.heads, 2) if averaged and needed["q"] else None
     if x.q is not None and do is not None:
         sums = keys or needed["record"]
         if sums or not averaged:
-            found["q"], of_record = run.apply_back(x, do, on, None, sums=sums, out=needed["q"] and not averaged)
+            found["q"], of_record = run.apply_back(x, do, on, None, terms, sums=sums, out=needed["q"] and not averaged)
             found["record"] = of_record if d_record is None or of_record is None else d_record + of_record
     grads = found["record"]
     if x.k is not None and keys:
         assert grads is not None
-        queries = kept[0] if averaged else query
-        found |= run.gather_back(x, on, grads.contiguous(), queries)
+        found |= run.gather_back(x, on, grads.contiguous(), kept[0] if averaged else query, kept[-1] if kept else None)
         if averaged and needed["q"] and do is not None:
-            found["q"] = run.apply_back(x, do, on, found["query"], sums=False, out=True)[0]
+            found["q"] = run.apply_back(x, do, on, found["query"], terms, sums=False, out=True)[0]
         of_query = found.get("query")
         if query is not None and of_query is not None:
             found["query"] = of_query.sum(2).unflatten(1, (query.shape[1], -1)).sum(2)

@@ -71,7 +71,7 @@ def mean_kernel(
 
 @triton.jit(do_not_specialize=["N", "splits", "scale"])
 def gather_kernel(
-    k, v, queries, logits, factors, seen, cos, sin, cu, record,
+    k, v, queries, logits, factors, seen, cos, sin, cu, record, found,
     sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, sl_b, sl_n, sl_h, sf_b, sf_n, sf_h, ss_b, ss_n, sr_b, N, splits, scale,
     H: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GG: tl.constexpr, GL: tl.constexpr, GF: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
@@ -86,6 +86,7 @@ def gather_kernel(
         seen: with MASK ``[B, N]``, 0 for padding.
         cos, sin: with TURN ``[1 or B, N, D/2]``.
         TOTAL: whether Σ w v is wanted; it is 0 otherwise.
+        found: with QUERY the logits ``[B, N, H]``, for the backward; −inf where a token is not seen.
     """
     program = tl.program_id(0)
     i_s, i_qh = program % splits, program // splits
@@ -124,6 +125,8 @@ def gather_kernel(
         phi = feature(x, MAP)
         own = pick(x, query[None, :], query_second[None, :], TWO)
         w, logit = weigh(phi, own, logits, factors, sl_n, sf_n, rows, keep, scale, QUERY, LOGITS, FACTORS)
+        if QUERY:
+            tl.store(found + ((i_b * N + begin + rows) * H + i_h), logit, mask=rows < n)
         if QUERY or LOGITS:
             higher = tl.maximum(top, tl.max(logit, 0))
             shift = tl.where(higher == float("-inf"), 0.0, higher)

@@ -212,15 +212,15 @@ class Plan:
 
     @cached_property
     def apply_back_launches(self) -> dict[tuple[bool, bool, bool], Launch]:
-        """By whether they add up the record's gradient, write q's, and add more to it."""
+        """By whether they add up the record's gradient, write q's, and do so in two passes."""
         strides = (*self._strides("q"), *self._strides("do"), *self._row_stride("q_cos"))
         found = {}
-        for sums, out, more in ((True, True, False), (True, False, False), (False, True, True), (False, True, False)):
-            constants = {**self._query_constants(), "SUMS": sums, "OUT": out, "MORE": more}
-            told = (self.gather_back_launch.runs if more and self.kinds["k"] is not None else 1, self.how.scale, self.how.eps)
+        for sums, out, twice in ((True, True, False), (True, False, False), (True, False, True), (False, True, True), (False, True, False)):
+            constants = {**self._query_constants(), "SUMS": sums, "OUT": out, "TWICE": twice}
+            told = (self.gather_back_launch.runs if twice and self.kinds["k"] is not None else 1, self.how.scale, self.how.eps)
             name = "apply_back" if sums else "apply_back_out"
             kernel = backward.apply_back_kernel
-            found[sums, out, more] = self._launch(kernel, name, self.heads, constants, strides, self.q_tokens, *told)
+            found[sums, out, twice] = self._launch(kernel, name, self.heads, constants, strides, self.q_tokens, *told)
         return found
 
     def combine_launch(self, runs: int, grad: bool) -> Launch:
@@ -249,16 +249,17 @@ class Plan:
         assert k is not None and x.v is not None
         return [k, x.v, *[k if t is None else t for t in (queries, x.logits, x.factors, x.seen, x.k_cos, x.k_sin, x.cu)]]
 
-    def gather(self, x: Tensors, queries: Tensor | None) -> Tensor:
-        """The record ``[rows, key heads, L]``."""
+    def gather(self, x: Tensors, queries: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The record ``[rows, key heads, L]``, and with queries the logits ``[B, N, key heads]``."""
         runs = self.gather_launch.runs
         parts = self.empty(self.rows, self.key_heads, runs, self.size.L)
-        self.gather_launch(*self._key_tensors(x, queries), parts)
+        logits = None if queries is None else self.empty(self.batch, self.tokens, self.key_heads)
+        self.gather_launch(*self._key_tensors(x, queries), parts, parts if logits is None else logits)
         if runs == 1:
-            return parts[:, :, 0]
+            return parts[:, :, 0], logits
         record = self.empty(self.rows, self.key_heads, self.size.L)
         self.gather_combine(parts, record, parts)
-        return record
+        return record, logits
 
     def apply(self, x: Tensors, record: Tensor) -> Tensor:
         """o ``[B, N, H, V]``."""
@@ -269,22 +270,27 @@ class Plan:
         return o
 
     def apply_back(
-        self, x: Tensors, do: Tensor, record: Tensor, more: Tensor | None, *, sums: bool, out: bool
+        self, x: Tensors, do: Tensor, record: Tensor, more: Tensor | None, terms: Tensor | None, *, sums: bool, out: bool
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """q's gradient ``[B, N, H, D]`` and the record's ``[rows, key heads, L]``, those of them that are asked for."""
+        """q's gradient ``[B, N, H, D]`` and the record's ``[rows, key heads, L]``, those of them that are asked for.
+
+        In two passes with `terms` ``[B, N, H, 2]``, which the first fills; `more` of the second is a gradient of the mean of φ(q).
+        """
         q = x.q
         assert q is not None
-        launch = self.apply_back_launches[sums, out, more is not None]
+        launch = self.apply_back_launches[sums, out, terms is not None]
         dq = self.empty(self.batch, self.q_tokens, self.heads, self.size.D, dtype=q.dtype) if out else None
         parts = self.empty(self.rows, self.heads, launch.runs, self.size.L) if sums else None
-        launch(q, do, record, *[q if t is None else t for t in (more, x.q_cos, x.q_sin, x.cu, dq, parts)])
+        launch(q, do, record, *[q if t is None else t for t in (more, x.q_cos, x.q_sin, x.cu, terms, dq, parts)])
         if parts is None:
             return dq, None
         grads = self.empty(self.rows, self.key_heads, self.size.L)
         self.grad_combine(parts, grads, record)
         return dq, grads
 
-    def gather_back(self, x: Tensors, record: Tensor, grads: Tensor, queries: Tensor | None) -> dict[str, Tensor]:
+    def gather_back(
+        self, x: Tensors, record: Tensor, grads: Tensor, queries: Tensor | None, logits: Tensor | None
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Gradients per key head: k, v, and of queries ``[rows, key heads, runs, F]``, logits and factors where there are any."""
         launch, lead = self.gather_back_launch, (self.batch, self.tokens, self.key_heads)
         found = {"k": self.empty(*lead, self.size.D, dtype=self.dtype), "v": self.empty(*lead, self.size.V, dtype=self.dtype)}
@@ -295,5 +301,6 @@ class Plan:
         if x.factors is not None:
             found["factors"] = self.empty(*lead)
         outputs = [found.get(name, grads) for name in ("query", "logits", "factors")]
-        launch(*self._key_tensors(x, queries), record, grads, found["k"], found["v"], *outputs)
+        keys, values, by, *rest = self._key_tensors(x, queries)
+        launch(keys, values, by, keys if logits is None else logits, *rest, record, grads, found["k"], found["v"], *outputs)
         return found

@@ -16,7 +16,7 @@ from subquad.ops import launch
 from subquad.ops.delta.reference import delta_rule
 from subquad.ops.linear.reference import linear_attention
 
-SHAPES: list[Shape] = [(2, 200, 2, 64), (1, 333, 2, 128), (2, 130, 3, 48), (1, 77, 2, 80), (1, 1100, 1, 64)]
+SHAPES: list[Shape] = [(2, 200, 2, 64), (1, 333, 2, 128), (2, 130, 3, 48), (1, 77, 2, 80), (1, 1100, 1, 64), (1, 4200, 1, 64)]
 REGIMES = "many", "few", "cut"  # which rows of the launch table are taken, at both head dims of it: all of its tiles
 TRY_SHAPES: list[Shape] = [(1, 70, 1, 16)]
 RESULTS = ("o", "state", "dq", "dk", "dv", "dlog_decay", "dbeta", "dinitial_state")

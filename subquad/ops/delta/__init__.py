@@ -15,6 +15,7 @@ from subquad.ops.delta.chunked import DeltaRule, delta_step, run
 __all__ = ["delta_rule"]
 
 WIDEST = 128  # head dim of the solves' kernels: beyond it Triton 3.6 makes ones that read past their shared memory on Hopper
+WIDEST_VALUES = {4: 128}  # by bytes of a number: a Hopper's shared memory holds no wider float32 tiles
 
 
 def delta_rule(
@@ -38,7 +39,7 @@ def delta_rule(
 
     Args:
         q, k: ``[B, N, ·, D]``; v: ``[B, N, ·, V]``. Head counts divide the largest, H; Hs is the larger of k's and v's.
-            D > 128 is computed by plain PyTorch on CUDA too, but for decoding.
+            D > 128, and V > 128 in float32, are computed by plain PyTorch on CUDA too, but for decoding.
             Keys are used as given: with β ≤ 1 they should have norm 1 at most, or the state may grow without bound.
         beta: ``[B, N, Hs]``, the size of each correction.
         log_decay: log a ≤ 0 per token ``[B, N, Hs]``, or per channel ``[B, N, Hs, D]``, which on CUDA too is computed by plain
@@ -56,10 +57,11 @@ def delta_rule(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     state = None if initial_state is None else initial_state.to(dtype)
     use_kernels = scale != 0 and kernels_serve(q, q.shape[3], v.shape[3])
+    fits = q.shape[3] <= WIDEST and v.shape[3] <= WIDEST_VALUES.get(q.element_size(), 256)
     # the one place that chooses a path
     if use_kernels and cu_seqlens is None and state is not None and step.available(q, k, v, beta, log_decay, state):
         o, state = step.recurrent_step(q, k, v, log_decay, beta, state, scale)
-    elif use_kernels and q.shape[3] <= WIDEST and (log_decay is None or log_decay.dim() == 3):
+    elif use_kernels and fits and (log_decay is None or log_decay.dim() == 3):
         from subquad.ops.delta.fused import delta_rule as by_kernels
 
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device).contiguous()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
+from subquad.ops.launch import INTERPRETED as _INTERPRETED
 from subquad.ops.triton_blocks import LOG2E, in_two
 
 IDENTITY, ELU1, RELU, EXP, SILU, SIGN_CUBE, NORM_POWER = (tl.constexpr(i) for i in range(7))
 DIVIDE, FLOORED, NONE, MAGNITUDE, SUBTRACT = (tl.constexpr(i) for i in range(5))  # the last two also read the mean of v
 TINY = tl.constexpr(1.2e-38)
+INTERPRETED = tl.constexpr(_INTERPRETED)
 
 
 # ---- features ----------------------------------------------------------------------------------------------------
@@ -26,12 +29,22 @@ def channels(D: tl.constexpr, BD: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
+def log2(x):
+    """By the device's own instruction: tl.log2 is twenty of them."""
+    if INTERPRETED:
+        y = tl.log2(x)
+    else:
+        y = libdevice.fast_log2f(x)
+    return y
+
+
+@triton.jit
 def norm_terms(x):
     """Of each row: 1/‖x‖, tanh ‖x‖, and log₂ |x_c|/‖x‖, of 0 that of the least normal number."""
     norm = tl.sqrt(tl.sum(x * x, 1))
     norm = tl.where(norm > 0, norm, 1.0)
     tanh = 1 - 2 / (tl.exp(2 * norm) + 1)
-    return 1 / norm, tanh, tl.log2(tl.maximum(tl.abs(x), TINY)) - tl.log2(norm)[:, None]
+    return 1 / norm, tanh, log2(tl.maximum(tl.abs(x), TINY)) - log2(norm)[:, None]
 
 
 @triton.jit

@@ -150,7 +150,10 @@ class Plan:
         """`plain` is what follows the tokens and runs among the kernel's plain numbers."""
         way = "signs" if self.same["TWO"] else "turned" if constants.get("TURN") else "none"
         tile = row(name, way, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype))
-        programs = (4 if tile.warps <= 4 else 2) * processors(self.device)
+        resident = (
+            16 if name == "mean" else 4 if tile.warps <= 4 else 2
+        )  # nothing is loaded ahead of a mean, so that many have to wait at once
+        programs = resident * processors(self.device)
         runs = max(1, min(programs // max(1, self.rows * heads), cdiv(self.row_tokens, 2 * tile.columns)))
         run = launcher(kernel, C=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **constants)
         return Launch(run, (self.rows * heads * runs, 1, 1), strides, (tokens, runs, *plain), runs)

@@ -11,7 +11,7 @@ from functools import cache
 from subquad.ops.launch import Config
 
 ROWS: dict[tuple[str, str], tuple[Config, Config]] = {
-    ("mean", "none"): (Config(128, 4, 2), Config(32, 8, 3)),
+    ("mean", "none"): (Config(128, 4, 2), Config(64, 8, 3)),
     ("mean", "signs"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("gather", "none"): (Config(128, 4, 3), Config(64, 4, 1)),
     ("gather", "turned"): (Config(128, 4, 2), Config(128, 8, 2)),

@@ -148,6 +148,12 @@ def run_of(i_s, splits, n, C: tl.constexpr):
 
 
 @triton.jit
+def offset(i, C: tl.constexpr):
+    """The first token of tile i: what a tile adds to it is then the same for all, and its addresses are made once."""
+    return i * tl.full([], C, tl.int64)
+
+
+@triton.jit
 def add_parts(base, parts, stride, at, keep):
     """Σ over `parts` of what stands at base + i·stride + at."""
     total = tl.zeros(at.shape, tl.float32)

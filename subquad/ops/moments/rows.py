@@ -29,6 +29,7 @@ ROWS: dict[tuple[str, str], tuple[Config, Config]] = {
     ("gather_back", "turned"): (Config(64, 4, 2), Config(64, 8, 3)),
     ("gather_back", "signs"): (Config(64, 4, 2), Config(64, 4, 3)),
 }
+RESIDENT = {"mean": 16}  # programs for each processor, where it is not 4 of up to four warps, or 2: a mean loads nothing ahead
 CAREFUL = Config(32, 8, 2)
 PLAIN = Config(32, 4, 1)  # float32
 

@@ -23,6 +23,7 @@ from subquad.ops.moments.blocks import (
     normal,
     normal_back,
     offset,
+    pairs_of_rows,
     pick,
     product,
     read_record,
@@ -83,7 +84,7 @@ def apply_back_kernel(
         if TWO:
             extra_second = add_parts(more + D, parts, F, ch, ch < D) / tl.maximum(n, 1)
     dM, dM_second = tl.zeros([BD, BV], tl.float32), tl.zeros([BD, BV] if TWO else [1, 1], tl.float32)
-    dz, dz_second = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    dz, dz_second = tl.zeros([C // 2, BD], tl.float32), tl.zeros([C // 2, BD] if TWO else [1, 1], tl.float32)
     d_mean = tl.zeros([BV], tl.float32)
     d_weight = tl.zeros([C], tl.float32)
     rows = tl.arange(0, C)
@@ -120,11 +121,11 @@ def apply_back_kernel(
                 d_mean += tl.sum(beta[:, None] * td.to(tl.float32), 0)
                 d_weight += beta * b
             part = copy(x, phi, False, TWO)
-            dz += tl.sum(dt[:, None] * part, 0)
+            dz += pairs_of_rows(dt[:, None] * part)
             dM = tl.dot(tl.trans(turn(part * alpha[:, None], c, s, TURN).to(MT)), td.to(MT), dM, input_precision=IP)
             if TWO:
                 part = copy(x, phi, True, TWO)
-                dz_second += tl.sum(dt[:, None] * part, 0)
+                dz_second += pairs_of_rows(dt[:, None] * part)
                 dM_second = tl.dot(tl.trans(turn(part * alpha[:, None], c, s, TURN).to(MT)), td.to(MT), dM_second, input_precision=IP)
         if OUT:
             d_phi = back * alpha[:, None] + dt[:, None] * own_z
@@ -132,6 +133,7 @@ def apply_back_kernel(
                 d_phi += pick(x, extra[None, :], extra_second[None, :], TWO)
             store_tile(dq + at * (H * D), H * D, rows, left, ch, D, BD, feature_back(x, phi, d_phi, MAP))
     if SUMS:
+        dz, dz_second = tl.sum(dz, 0), tl.sum(dz_second, 0)
         store_record(grads + program.to(tl.int64) * L, ch, vs, dM, dM_second, dz, dz_second, d_mean, tl.sum(d_weight, 0), D, V, TWO)
 
 
@@ -185,7 +187,7 @@ def gather_back_kernel(
     dz, dz_second = load_vector(grads + F * V, ch, D, TWO)
     d_total = tl.load(grads + F * V + F + vs, mask=vs < V, other=0.0)
     d_weight = tl.load(grads + F * V + F + V)
-    dg, dg_second = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    dg, dg_second = tl.zeros([C // 2, BD], tl.float32), tl.zeros([C // 2, BD] if TWO else [1, 1], tl.float32)
     rows = tl.arange(0, C)
     HIDDEN: tl.constexpr = MASK or LOGITS or FACTORS  # whether tokens without weight may hold anything
     start, stop = run_of(i_s, splits, n, C)
@@ -227,9 +229,9 @@ def gather_back_kernel(
         if QUERY:
             d_score = scale * w * inner
             d_phi += d_score[:, None] * own
-            dg += tl.sum(d_score[:, None] * copy(x, phi, False, TWO), 0)
+            dg += pairs_of_rows(d_score[:, None] * copy(x, phi, False, TWO))
             if TWO:
-                dg_second += tl.sum(d_score[:, None] * copy(x, phi, True, TWO), 0)
+                dg_second += pairs_of_rows(d_score[:, None] * copy(x, phi, True, TWO))
         if LOGITS:
             tl.store(d_logits + (here + at * H) + rows * H, w * inner, mask=rows < left)
         if FACTORS:
@@ -238,6 +240,6 @@ def gather_back_kernel(
         store_tile(dk + at * (H * D), H * D, rows, left, ch, D, BD, tl.where((w != 0)[:, None], dx, 0.0) if HIDDEN else dx)
     if QUERY:
         d_query += program.to(tl.int64) * F
-        tl.store(d_query + ch, dg, mask=ch < D)
+        tl.store(d_query + ch, tl.sum(dg, 0), mask=ch < D)
         if TWO:
-            tl.store(d_query + D + ch, dg_second, mask=ch < D)
+            tl.store(d_query + D + ch, tl.sum(dg_second, 0), mask=ch < D)

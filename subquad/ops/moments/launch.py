@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subquad.ops.common import cdiv, padded
 from subquad.ops.launch import INTERPRETED, bits_of, processors, remembered
-from subquad.ops.launcher import Grid, Launcher, launcher
+from subquad.ops.launcher import Grid, Launcher, launcher, token_step
 from subquad.ops.moments import backward, blocks, kernels
 from subquad.ops.moments.moments import KERNEL_MAPS, TWO_SIGNS
 from subquad.ops.moments.rows import RESIDENT, row
@@ -164,7 +164,8 @@ class Plan:
         return tuple(stride for name in names for stride in self._strides(name)[::2])
 
     def _steps(self, *names: str) -> dict[str, int]:
-        return {f"s{name[0]}_n": self._strides(name)[1] for name in names}
+        kinds = {name: self.kinds[name] for name in names}
+        return {f"s{name[0]}_n": 0 if kind is None else token_step(*kind[:2]) for name, kind in kinds.items()}
 
     def _row_stride(self, name: str) -> tuple[int, ...]:
         """From one batch row's angles to the next's; 0 where all rows share them."""

@@ -227,7 +227,7 @@ class Plan:
         for sums, out, twice in ((True, True, False), (True, False, False), (True, False, True), (False, True, True), (False, True, False)):
             constants = {**self._query_constants(), **self._steps("do"), "SUMS": sums, "OUT": out, "TWICE": twice}
             told = (self.gather_back_launch.runs if twice and self.kinds["k"] is not None else 1, self.how.scale, self.how.eps)
-            name = "apply_back" if sums else "apply_back_out"
+            name = "apply_back_both" if sums and out else "apply_back" if sums else "apply_back_out"
             kernel = backward.apply_back_kernel
             found[sums, out, twice] = self._launch(kernel, name, self.heads, constants, strides, self.q_tokens, *told)
         return found

@@ -378,6 +378,9 @@ def test_vision_model_serves_every_name_and_loads_nothing_before_it_is_called():
             assert type(vision_model(name, num_classes=3)) is variant.model
     with pytest.raises(InputError, match=r"nearest: .*mavit_s"):
         vision_model("mavit_small")
+    for name in ("nalaformer_xt", "ravlt_t"):  # the former hands most of its options on
+        with pytest.raises(InputError, match=r"'num_class'; expected an option of \w+; nearest: .*num_classes"):
+            vision_model(name, num_class=3)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

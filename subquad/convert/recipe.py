@@ -21,13 +21,13 @@ from typing import Any
 
 from subquad import contract
 from subquad.checks import InputError, nearest
-from subquad.convert.distill import DistillResult, distill
+from subquad.convert.distill import DistillResult, distill, learning
 from subquad.convert.feed import Feed
 from subquad.convert.finetune import LOSSES, SCHEDULES, FinetuneResult, finetune
 from subquad.convert.lora import TARGETS, merge_lora, projections
 from subquad.convert.run import check_counts, seeded
 from subquad.convert.sensitivity import auto_keep, choose_layers
-from subquad.convert.swap import find_host, restore, swap, swapped
+from subquad.convert.swap import find_host, put_back, restore, swap, swapped
 
 WORDS = ("title", "paper", "summary", "cost")
 STAGES: dict[str, tuple[str, ...]] = {
@@ -254,7 +254,7 @@ def linearize(
         seed: of new parameters, adapters and data.
 
     Raises:
-        InputError: as `swap`, `distill` and `finetune`. The model's attention is then the original.
+        InputError: as `swap`, `distill` and `finetune`. The model's attention is then what it was.
     """
     chosen = _chosen(recipe, steps, batch, length)
     if group is not None:
@@ -267,6 +267,7 @@ def linearize(
     if keep is not None:
         feed, cache = _first_batches(data, chosen, seed), None if out is None else Path(out) / "layers.json"
         layers = choose_layers(model, feed, chosen.mechanism, keep, chosen.options, seed=seed, cache=cache, progress=progress)
+    before = swapped(model)  # layers of another kind, which stay
     with seeded(seed, -2):
         swap(model, chosen.mechanism, layers=layers, **chosen.options)
     result = LinearizeResult(chosen)
@@ -277,10 +278,11 @@ def linearize(
             if name == "finetune":
                 result.finetune = finetune(model, data, **stage, out=place, **common)
                 merge_lora(model)
-            elif any(True for module in swapped(model).values() for _ in module.mechanism.parameters()):
+            elif learning(model):
                 result.transfer = distill(model, model, data, **stage, out=place, **common)
     except BaseException:
         restore(model)
+        put_back(model, before)
         raise
     return result
 

@@ -348,6 +348,7 @@ def test_misuse_is_one_line(teacher, tokens):
         "student: .*without a swapped layer": lambda: teach(teacher, teacher, tokens),
         "student: .*nothing to learn": lambda: teach(swap(copy.deepcopy(teacher), "softmax"), teacher, tokens),
         "teacher: .*without model.layers.2": lambda: teach(student, tiny_llama(num_hidden_layers=2), tokens),
+        "teacher: .*swapped to gla already": lambda: teach(student, swap(copy.deepcopy(teacher), "gla", layers=[1]), tokens),
         "text: got 9 tokens": lambda: teach(student, teacher, tokens[:9]),
         "data: got str": lambda: teach(student, teacher, "Call me Ishmael."),
         "data: got no batch": lambda: teach(student, teacher, []),

@@ -116,7 +116,7 @@ def distill(
     if teacher is not student:
         check_unswapped(teacher, "teacher")
     check_objective(objective, pupils)
-    feed = Feed(data, steps, batch, length, seed)
+    feed = Feed(data, steps, batch, length, seed, teacher)
     settings = {"layers": described(pupils), "steps": steps, "lr": lr, "seed": seed, **feed.settings, "teacher": fingerprint(teacher)}
     settings["objective"] = objective
     if group is not None:

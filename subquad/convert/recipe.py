@@ -265,7 +265,7 @@ def linearize(
         projections(model, chosen.finetune.get("targets", TARGETS))  # before the first stage takes its time
     keep = auto_keep(layers)
     if keep is not None:
-        feed, cache = _first_batches(data, chosen, seed), None if out is None else Path(out) / "layers.json"
+        feed, cache = _first_batches(model, data, chosen, seed), None if out is None else Path(out) / "layers.json"
         layers = choose_layers(model, feed, chosen.mechanism, keep, chosen.options, seed=seed, cache=cache, progress=progress)
     before = swapped(model)  # layers of another kind, which stay
     with seeded(seed, -2):
@@ -295,10 +295,10 @@ def grouped(chosen: Recipe, group: int) -> Recipe:
     return chosen.changed({"transfer": {"group": group}})
 
 
-def _first_batches(data: Any, chosen: Recipe, seed: int) -> list[dict[str, Any]]:
+def _first_batches(model: Any, data: Any, chosen: Recipe, seed: int) -> list[dict[str, Any]]:
     """What layers are compared on."""
     given = next(iter(chosen.stages.values()), {})
-    feed = Feed(data, _COMPARED, given.get("batch", 1), given.get("length", 512), seed)
+    feed = Feed(data, _COMPARED, given.get("batch", 1), given.get("length", 512), seed, model)
     return [feed[step] for step in range(_COMPARED)]
 
 

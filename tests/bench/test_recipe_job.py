@@ -319,11 +319,13 @@ def test_what_does_not_fit_the_model_writes_nothing(job, tokenizer, tmp_path):
     from bench.tiny import make_llama
     from transformers import MistralConfig, MistralForCausalLM
 
+    few = make_llama(vocab_size=100, eos_token_id=99)
     sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     sliding = MistralForCausalLM(MistralConfig(**sizes, num_hidden_layers=2, sliding_window=8))
     converted = swap(make_llama(), "gla", layers=[0, 1])
     for name, model, change, message in (
         ("sliding", sliding, {"recipes": ("hedgehog",), "to": ()}, "objective: got 'weights' for .*whose original has a window of 8"),
+        ("few", few, {}, r"model: got .*few, whose tokenizer writes token \d+; expected a tokenizer of .*100 tokens"),
         ("converted", converted, {"layers": "3"}, "model: got .*of whose layers 2 are swapped to gla already"),
     ):
         model.save_pretrained(tmp_path / name)

@@ -87,7 +87,7 @@ def test_layers_that_are_swapped_stay_as_they_are(model, batches):
     swap(model, "gla", layers=[3])
     gla, before = swapped(model)[3], loss(model, batches)
     with pytest.raises(
-        InputError, match="model: got SubquadLlama.*, of whose layers 1 are swapped to gla already; expected a model with its"
+        InputError, match=r"model: got SubquadLlama.*, of whose layers 1 are swapped to gla already; expected a model with its"
     ):
         linearize(model, "sliding-window", tokens, layers="auto:1", steps=1, batch=1, length=128, progress=False)
     with pytest.raises(InputError, match="text: got 24 tokens"):

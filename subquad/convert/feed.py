@@ -84,9 +84,12 @@ class Feed:
                 return item
 
 
-def vocabulary(model: nn.Module) -> int | None:
+def vocabulary(model: Any) -> int | None:
     """How many tokens a model of transformers has embeddings for; None for other models."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # timm's, and models that begin with something else
+        return None
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -259,6 +259,9 @@ def linearize(
     chosen = _chosen(recipe, steps, batch, length)
     if group is not None:
         chosen = grouped(chosen, group)
+    if isinstance(data, Iterator) and len(chosen.stages) + (auto_keep(layers) is not None) > 1:
+        should = "token ids, or an iterable that begins again: each stage reads it from its beginning"
+        raise InputError("data", f"{type(data).__name__}, which can be read once", should)
     if not find_host(model).causal:
         raise InputError("model", type(model).__name__, "a causal decoder")
     if chosen.finetune is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from convert.toy_mechanisms import tiny_llama
+from safetensors.torch import load_file, save_file
 
 import subquad
 from subquad import InputError
@@ -343,6 +344,11 @@ def test_a_damaged_checkpoint_is_named_and_a_draft_is_not_one(teacher, tokens, t
     teach(student_of(teacher), teacher, tokens, out=tmp_path)
     assert not draft.exists()
     (saved,) = (tmp_path / "checkpoint").iterdir()
+    whole = load_file(saved / "tensors.safetensors")
+    for name, other in (("parameters.model.layers.0.self_attn.mechanism.temperature", torch.ones(7)), ("losses", None)):
+        save_file({key: x for key, x in {**whole, name: other}.items() if x is not None}, saved / "tensors.safetensors")
+        with pytest.raises(InputError, match=r"out: got .*whose checkpoint does not hold"):
+            teach(student_of(teacher), teacher, tokens, out=tmp_path, take_finished=True)
     (saved / "tensors.safetensors").write_bytes(b"half")
     with pytest.raises(InputError, match=r"damaged checkpoint .*tensors\.safetensors"):
         teach(student_of(teacher), teacher, tokens, out=tmp_path, take_finished=True)

@@ -113,6 +113,18 @@ def test_linearize_is_its_stages_one_after_another(model, mine, tokens):
     assert same(whole, merge_lora(apart)) and len(swapped(whole)) == 3
 
 
+def test_data_that_can_be_read_once_serve_one_stage(model, mine, tokens):
+    def once():
+        return (tokens[i : i + 16][None] for i in range(0, 160, 16))
+
+    with pytest.raises(
+        InputError, match="data: got generator, which can be read once; expected token ids, or an iterable that begins again"
+    ):
+        linearize(model, mine, once(), steps={"transfer": 2, "finetune": 1}, **QUIET)
+    assert not swapped(model)
+    linearize(model, mine, once(), steps={"transfer": 2, "finetune": 0}, **QUIET)
+
+
 def test_it_goes_on_where_it_stopped_and_gives_a_finished_model_again(model, mine, tokens, tmp_path, monkeypatch):
     expected, broken = copy.deepcopy(model), copy.deepcopy(model)
     steps = {"transfer": 3, "finetune": 4}

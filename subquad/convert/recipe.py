@@ -38,6 +38,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _WORDS = {"loss": LOSSES, "schedule": SCHEDULES}
+_SHARES = ("kl_weight", "warmup")
 _COMPARED = 4  # batches that layers are compared on
 _CALLS: dict[str, Callable[..., Any]] = {"transfer": distill, "finetune": finetune}
 
@@ -187,7 +188,21 @@ def _stage(file: str, name: str, given: Any) -> dict[str, Any]:
         _typed(file, f"{name}.{key}", value, kind)
         if key in _WORDS and value not in _WORDS[key]:
             raise nearest(f"recipe {file}", value, _WORDS[key], f"{name}.{key}")
+        if type(value) in (int, float):
+            good, should = _range(key, kind, value)
+            if not good:
+                raise InputError(f"recipe {file}", f"{name}.{key} = {value}", should)
     return stage
+
+
+def _range(key: str, kind: Any, value: float) -> tuple[bool, str]:
+    """Whether a stage takes a number, which shows before any stage has run; and what it takes."""
+    if key in _SHARES:
+        return 0 <= value <= 1, "a number from 0 to 1"
+    if kind is int:
+        least = 0 if key == "steps" else 1  # a stage of no steps is left out
+        return value >= least, f"an integer of at least {least}"
+    return 0 < value < math.inf, "a positive number"
 
 
 def _defaults(stage: str) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def linearize(
 
     Args:
         recipe: a name (`subquad recipes` lists them), a .toml file, or a Recipe.
-        data: as `distill` and `finetune` take them, for both stages.
+        data: as `distill` and `finetune` take them, for both stages, each of which reads them from their beginning.
         layers: as `swap` takes them, or "auto:K": all but the K whose replacement alone costs most on the first batches.
         steps: None for the recipe's own; an integer for both stages together, in the recipe's proportion; or
             {"transfer": …, "finetune": …}, 0 leaving a stage out.

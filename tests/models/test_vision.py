@@ -378,9 +378,6 @@ def test_vision_model_serves_every_name_and_loads_nothing_before_it_is_called():
             assert type(vision_model(name, num_classes=3)) is variant.model
     with pytest.raises(InputError, match=r"nearest: .*mavit_s"):
         vision_model("mavit_small")
-    for name in ("nalaformer_xt", "ravlt_t"):  # the former hands most of its options on
-        with pytest.raises(InputError, match=r"'num_class'; expected an option of \w+; nearest: .*num_classes"):
-            vision_model(name, num_class=3)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -404,6 +401,7 @@ def test_vision_model_serves_every_name_and_loads_nothing_before_it_is_called():
         ("in_chans", lambda: small(in_chans=0)),
         ("name", lambda: small(mechanisms=("rala", "ralla", "softmax", "softmax"))),
         ("name", lambda: vision_model("ravlt_x")),
+        ("options", lambda: vision_model("nalaformer_xt", num_class=3)),
         ("num_classes", lambda: small().reset_classifier(-1)),
         ("global_pool", lambda: small(global_pool="max")),
         ("global_pool", lambda: small(global_pool="")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from typing import Annotated
 
@@ -40,6 +42,8 @@ def chat(
     if not talk.templated:
         typer.echo("This tokenizer has no chat template: the model goes on with your text as it stands.", err=True)
     typer.echo("/reset forgets what was said, /quit leaves.", err=True)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what a pipe holds need not be text
     while (text := _asked()) is not None:
         if text == "/reset":
             talk.reset()
@@ -72,5 +76,5 @@ def _reply(talk, text: str) -> None:  # type: ignore[no-untyped-def]
         pieces.close()
     seconds = time.perf_counter() - began
     typer.echo("")
-    read = talk.tokens - before
+    read = max(talk.tokens - before, 0)  # less than before where a reply was broken off
     typer.echo(f"[{read / seconds:.1f} tokens/s read and written; {talk.tokens:,} so far, kept in {bytes_text(talk.nbytes)}]", err=True)

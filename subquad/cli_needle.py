@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -50,6 +51,8 @@ def needle(
         raise InputError("--depths", repr(depths), "percentages separated by commas, such as 0,50,100")
     if by not in ("forward", "generate"):
         raise InputError("--by", repr(by), "forward or generate")
+    if out is not None and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
+        raise InputError("--out", out, "a file in a folder that can be written to")
     counts, place, choice = integers("--lengths", lengths), pick_device(device), None if to is None else parse_choice("--to", to)
     loaded, tokenizer = load_model(model, dtype_of(dtype))
     if choice is not None:

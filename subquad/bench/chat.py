@@ -6,6 +6,7 @@ however long the conversation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,8 +36,10 @@ class Conversation:
         self, model: Any, tokenizer: Any, *, system: str | None = None, temperature: float = 0.7, top_p: float = 0.9, most: int = 256,
         seed: int = 0,
     ) -> None:  # fmt: skip
-        if temperature < 0:
+        if not 0 <= temperature < math.inf:
             raise InputError("temperature", temperature, "at least 0")
+        if not -(2**63) <= seed < 2**63:
+            raise InputError("seed", seed, "an integer of 64 bits")
         if not 0 < top_p <= 1:
             raise InputError("top_p", top_p, "more than 0, at most 1")
         if most < 1:
@@ -54,7 +57,12 @@ class Conversation:
         self.told = ""  # the text that the cache holds, `pending` included
         self.pending: list[int] = []  # tokens of it that the model has not read yet
         self.held: dict[str, Any] = {}  # the cache, as the argument of the model's next call
-        self.tokens = 0  # read
+        self.read: list[int] = []  # tokens that the cache holds
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read."""
+        return len(self.read)
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +100,7 @@ class Conversation:
             return text
         whole = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
         if not whole.startswith(self.told):  # a template that changes what was said before: all is read anew
-            self.told, self.pending, self.held, self.tokens = "", [], {}, 0
+            self.told, self.pending, self.held, self.read = "", [], {}, []
         unread, self.told = whole[len(self.told) :], whole
         return unread
 
@@ -106,14 +114,19 @@ class Conversation:
         if not self.pending:
             raise InputError("text", "nothing", "at least one token to read")
         ids = torch.tensor([self.pending], device=device_of(self.model))
-        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **self.held)
-        self.tokens, self.pending = self.tokens + len(self.pending), []
+        try:
+            out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **self.held)
+        except BaseException:  # some layers have taken the tokens into the cache, others have not: all is read anew
+            self.pending, self.held, self.read = [*self.read, *self.pending], {}, []
+            raise
+        self.read += self.pending
+        self.pending = []
         self.held = cached(out)
         return self._choose(out.logits[0, -1].float().cpu())
 
     def _choose(self, logits: torch.Tensor) -> int:
         if self.temperature == 0:
             return int(logits.argmax())
-        shares, order = (logits / self.temperature).softmax(-1).sort(descending=True)
+        shares, order = ((logits.double() - logits.max()) / self.temperature).softmax(-1).sort(descending=True)
         kept = shares.cumsum(-1) - shares < self.top_p  # the likeliest one always
         return int(order[torch.multinomial(shares * kept, 1, generator=self.generator)])

@@ -110,7 +110,8 @@ def run_encoder_job(job: EncoderJob, out: str | Path | None = None, *, command: 
     Raises:
         InputError: anything that does not fit.
     """
-    from subquad.convert.swap import restore, swap
+    from subquad.convert.distill import check_objective, learning
+    from subquad.convert.swap import check_unswapped, restore, swap
     from subquad.models.encoders import load_encoder
     from subquad.models.text import book, load_text, sentences
 
@@ -124,9 +125,13 @@ def run_encoder_job(job: EncoderJob, out: str | Path | None = None, *, command: 
     identity = {**asdict(job), "to": [choice.label for choice in job.to], "text_sha256": hashlib.sha256(text.encode()).hexdigest()}
     folder = Folder(out, identity, command)
     model, tokenizer = load_encoder(job.model)
+    check_unswapped(model)
     model = model.to(device)
     for choice in job.to:  # what does not fit shows before anything is written
-        restore(swap(model, choice.name, layers=parse_layers(job.layers), **choice.options))
+        swap(model, choice.name, layers=parse_layers(job.layers), **choice.options)
+        if job.steps:
+            check_objective(job.objective, learning(model))
+        restore(model)
     folder.begin()
     batches = _batches(taught, tokenizer, job)
     original = embed(model, tokenizer, held, length=job.length, progress=progress)
@@ -180,7 +185,7 @@ def _rows(
     held: Sequence[str], original: torch.Tensor, progress: bool,
 ) -> list[EncoderRow]:  # fmt: skip
     """A swapped model before and, where it has something to learn, after distillation."""
-    from subquad.convert.distill import distill
+    from subquad.convert.distill import distill, learning
     from subquad.convert.swap import find_host, swapped
 
     def compare() -> Fidelity:
@@ -189,7 +194,7 @@ def _rows(
     inside = swapped(model)
     layers = f"{len(inside)} of {len(find_host(model).sites)}"
     rows = [EncoderRow(choice.label, 0, "", layers, compare())]
-    if not job.steps or not any(True for module in inside.values() for _ in module.mechanism.parameters()):
+    if not job.steps or not learning(model):
         return rows
     rate: dict[str, Any] = {} if job.lr is None else {"lr": job.lr}
     result = distill(

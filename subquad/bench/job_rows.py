@@ -40,13 +40,20 @@ class JobRun:
         self.kept_layers: dict[str, list[int]] = {}  # by subject, where they were chosen
 
     def load(self, text: str) -> None:
+        from subquad.convert.feed import vocabulary
+        from subquad.convert.swap import check_unswapped
         from subquad.models.load import load_model
         from subquad.models.text import encode, split
 
         job = self.job
         model, self.tokenizer = load_model(job.model, dtype_of(job.dtype))
+        check_unswapped(model)
         self.model = model.to(self.device).eval()
         tokens = encode(text, self.tokenizer)
+        known = vocabulary(model)
+        if known is not None and tokens.numel() and int(tokens.max()) >= known:
+            was = f"{job.model}, whose tokenizer writes token {int(tokens.max())}"
+            raise InputError("model", was, f"a tokenizer of the model's own, which has {known} tokens")
         batch = max((step_tokens(stage) for one in self.subjects for stage in one.stages), default=0)
         if SELF in job.text:
             if job.self_tokens < batch:
@@ -105,6 +112,7 @@ class JobRun:
         """Put every mechanism in and take it out again, and look for what is to be tuned: what does not fit shows before anything
         is written."""
         from subquad.convert.blockwise import body_of
+        from subquad.convert.distill import check_objective, learning
         from subquad.convert.lora import projections
         from subquad.convert.sensitivity import auto_keep, check_keep
 
@@ -117,6 +125,8 @@ class JobRun:
             if one.grouped:
                 body_of(self.model)
             self.swap(one.choice, layers)
+            if one.transfer is not None and keep is None:  # which layers are swapped is not known before they are measured
+                check_objective(one.transfer.get("objective", "output"), learning(self.model))
             self.restore()
             if one.finetune is not None:
                 projections(self.model, _targets(one))

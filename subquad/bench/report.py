@@ -23,6 +23,7 @@ from subquad.checks import InputError
 from subquad.files import whole
 
 FORMAT = 1
+_GAP = 1e-3  # nats between untrained and original, below which their share says nothing
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Row:
         bytes_64k: bytes kept per sequence after 65,536 tokens, from the cards.
         tokens_per_s, decode_ms: prefill speed and time per generated token at `speed_at` tokens of context.
         ratio: perplexity over the original's.
-        gap_closed: share of the nats between untrained and original that distillation closed.
+        gap_closed: share of the nats between untrained and original that distillation closed; None where the untrained one lacks none.
         recall, recall_ranked: key-value recall, exact by greedy decoding, and ranked among the prompt's numbers.
         layers: layers swapped, of how many.
         pairs: share of the pairs of a token with itself or one before it that is seen in a window, mean over layers.
@@ -152,7 +153,7 @@ class Report:
         first = self.original
         if not row.taught or before is None or first is None:
             return None
-        if row.nll is None or before.nll is None or first.nll is None or before.nll == first.nll:
+        if row.nll is None or before.nll is None or first.nll is None or before.nll - first.nll < _GAP:
             return None
         return (before.nll - row.nll) / (before.nll - first.nll)
 
@@ -160,15 +161,15 @@ class Report:
         """Plain sentences: what distillation gained, where an attention that was not trained does better, what a sweep found."""
         from subquad.bench.density import sweep_sentences
 
-        said = []
+        said, first = [], self.original
         for row in self.rows:
-            if row.gap_closed is not None and row.ppl is not None:
-                before = next(r for r in self.rows if r.mechanism == row.mechanism and not r.taught)
+            before = next((r for r in self.rows if r.mechanism == row.mechanism and not r.taught), None)
+            if before not in (None, row, first) and None not in (before.ppl, row.ppl, row.ratio):  # type: ignore[union-attr]
+                closed = "" if row.gap_closed is None else f": {row.gap_closed:.1%} of the gap in nats is closed"
                 said.append(
-                    f"{row.teaching} bring {row.mechanism} from perplexity {before.ppl:.4g} to "
-                    f"{row.ppl:.4g}, {row.ratio:.3g}× the original's: {row.gap_closed:.1%} of the gap in nats is closed."
+                    f"{row.teaching} bring {row.mechanism} from perplexity {before.ppl:.4g} to "  # type: ignore[union-attr]
+                    f"{row.ppl:.4g}, {row.ratio:.3g}× the original's{closed}."
                 )
-        first = self.original
         trained = [r for r in self.rows if r.taught and r.ppl is not None and first is not None and r.mechanism != first.mechanism]
         untrained = [r for r in self.rows[1:] if not r.taught and r.ppl is not None]
         for row in trained:

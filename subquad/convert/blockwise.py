@@ -23,7 +23,7 @@ from subquad.checks import InputError
 from subquad.convert.checkpoint import SHOULD, Checkpoint, Checkpoints
 from subquad.convert.run import Bar, seeded
 from subquad.convert.transfer import Objective, Pupils, lessons
-from subquad.files import whole, writing
+from subquad.files import REFUSALS, reason, whole, writing
 
 
 class Hidden:
@@ -42,7 +42,11 @@ class Hidden:
                 save_file({"hidden": hidden.detach().cpu().contiguous()}, draft)
 
     def load(self, step: int) -> Tensor:
-        return load_file(self.path(step))["hidden"]
+        try:
+            return load_file(self.path(step))["hidden"]
+        except (*REFUSALS, KeyError) as error:
+            was = f"damaged or missing hidden states {self.path(step)} ({reason(error)})"
+            raise InputError("out", was, "the whole file, or another folder") from None
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -29,7 +29,7 @@ from subquad.convert.feed import Feed
 from subquad.convert.mimic import check_pupil
 from subquad.convert.module import SwappedAttention
 from subquad.convert.run import Bar, Run, check_counts, check_rate, seeded
-from subquad.convert.swap import swapped
+from subquad.convert.swap import check_unswapped, swapped
 from subquad.convert.transfer import Objective, Pupils, lessons
 from subquad.models.fingerprint import fingerprint
 
@@ -113,8 +113,10 @@ def distill(
     check_counts(steps=steps, save_every=save_every, batch=batch, length=length)
     check_rate("lr", lr)
     pupils = _pupils(student)
-    _check_objective(objective, pupils)
-    feed = Feed(data, steps, batch, length, seed)
+    if teacher is not student:
+        check_unswapped(teacher, "teacher")
+    check_objective(objective, pupils)
+    feed = Feed(data, steps, batch, length, seed, teacher)
     settings = {"layers": described(pupils), "steps": steps, "lr": lr, "seed": seed, **feed.settings, "teacher": fingerprint(teacher)}
     settings["objective"] = objective
     if group is not None:
@@ -154,7 +156,8 @@ def _in_groups(
     return distill_in_groups(student, teacher, feed, pupils, group, device=where, out=Path(out), settings=settings, **options)
 
 
-def _check_objective(objective: Objective, pupils: Pupils) -> None:
+def check_objective(objective: Objective, pupils: Pupils) -> None:
+    """Refuse an unknown objective, and one that one of the layers cannot be taught by."""
     if objective not in ("output", "weights"):
         raise InputError("objective", repr(objective), "'output' or 'weights'")
     if objective == "weights":
@@ -167,11 +170,16 @@ def _pupils(student: nn.Module) -> Pupils:
     inside = swapped(student)
     if not inside:
         raise InputError("student", f"{type(student).__name__} without a swapped layer", "a model that subquad.swap changed")
-    found = {index: module for index, module in inside.items() if any(True for _ in module.mechanism.parameters())}
+    found = learning(student)
     if not found:
         names = ", ".join(sorted({module.name for module in inside.values()}))
         raise InputError("student", f"layers swapped to {names}", "a mechanism with parameters, as these have nothing to learn")
     return found
+
+
+def learning(model: nn.Module) -> Pupils:
+    """The swapped layers of a model that have something to learn."""
+    return {index: module for index, module in swapped(model).items() if any(True for _ in module.mechanism.parameters())}
 
 
 def described(pupils: Mapping[int, SwappedAttention]) -> str:

@@ -7,22 +7,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from subquad.checks import InputError, shape_of
 from subquad.models.text import Batches
 
 
 class Feed:
-    """Whatever the data are, one batch a step: a dict of the model's arguments. `settings` tell one feed from another."""
+    """Whatever the data are, one batch a step: a dict of the model's arguments. `settings` tell one feed from another.
 
-    def __init__(self, data: Any, steps: int, batch: int, length: int, seed: int) -> None:
+    Token ids that `model` has no embedding for are refused.
+    """
+
+    def __init__(self, data: Any, steps: int, batch: int, length: int, seed: int, model: nn.Module) -> None:
+        self.vocabulary = vocabulary(model)
         if isinstance(data, list | tuple) and data and all(isinstance(x, int) for x in data):
             data = torch.tensor(data)
         if isinstance(data, Tensor):
             if data.dim() != 1:
                 raise InputError("data", shape_of(data), "token ids [T], or an iterable of batches")
-            data = Batches(data, length, steps, seed, batch=batch)
+            data = Batches(self._ids(data), length, steps, seed, batch=batch)
         if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
             raise InputError("data", type(data).__name__, "token ids [T], or an iterable of batches")
         self.data = data
@@ -44,11 +48,27 @@ class Feed:
     def __getitem__(self, step: int) -> dict[str, Any]:
         item = self.data[step % len(self.data)] if isinstance(self.data, Sequence) else self._next(step)
         if isinstance(item, Mapping):
-            return dict(item)
+            return self._checked(dict(item))
         if isinstance(item, Tensor) and item.dim() == 2 and not item.is_floating_point():
-            return {"input_ids": item}
+            return {"input_ids": item if isinstance(self.data, Batches) else self._ids(item)}
         was = shape_of(item) if isinstance(item, Tensor) else type(item).__name__
         raise InputError("data", f"a batch that is {was}", "a dict of the model's arguments, or token ids [B, N]")
+
+    def _checked(self, batch: dict[str, Any]) -> dict[str, Any]:
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            return batch
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape != ids.shape:
+            raise InputError("data", f"a batch with attention_mask {shape_of(mask)}", f"{list(ids.shape)}, as its input_ids")
+        return {**batch, "input_ids": self._ids(ids)}
+
+    def _ids(self, ids: Tensor) -> Tensor:
+        """Token ids, checked where that does not wait for a device."""
+        if ids.is_floating_point():
+            return ids
+        if self.vocabulary is not None and ids.device.type == "cpu":
+            check_ids("data", ids, self.vocabulary)
+        return ids.long()
 
     def _next(self, step: int) -> Any:
         """Batch number `step` of an iterable that can only be read in order; it begins again at its end."""
@@ -62,6 +82,22 @@ class Feed:
             self.taken += 1
             if self.taken == step + 1:
                 return item
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many tokens a model of transformers has embeddings for; None for other models."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # timm's, and models that begin with something else
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+
+
+def check_ids(argument: str, ids: Tensor, vocabulary: int) -> None:
+    """Refuse token ids outside the vocabulary."""
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if wrong.numel():
+        raise InputError(argument, f"token id {int(wrong[0])}", f"ids from 0 to {vocabulary - 1}: the model has {vocabulary} tokens")
 
 
 def digest_of(*tensors: Tensor) -> str:

@@ -128,7 +128,7 @@ def finetune(
             raise nearest(name, word, known, name)
     paths = projections(model, targets)
     with _engine(model, precision) as engine:
-        feed = Feed(data, steps * accumulate * engine.world, batch, length, seed)
+        feed = Feed(data, steps * accumulate * engine.world, batch, length, seed, model)
         settings = {
             "model": fingerprint(model, lambda name: train_mechanism and ".mechanism." in name), "layers": described(swapped(model)),
             "targets": list(targets), "rank": rank, "alpha": alpha, "train_mechanism": train_mechanism, "loss": loss, "steps": steps,
@@ -217,6 +217,9 @@ class _Judge:
         target = self._target(batch) if self.weight else None
         logits = forward(**{key: x for key, x in batch.items() if key != "labels"}, use_cache=False).logits
         labels = labels_of(batch)
+        if target is not None and target.shape != logits.shape:
+            was = f"{type(self.teacher).__name__} with a vocabulary of {target.shape[-1]}"
+            raise InputError("teacher", was, f"that of the model, {logits.shape[-1]}")
         away = logits.new_zeros(()) if target is None else self.weight * divergence(logits, labels, target)
         return away if self.weight == 1 else away + (1 - self.weight) * next_token_loss(logits, labels)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from subquad.checks import InputError
+from subquad.checks import InputError, shape_of
 
 ROWS = 256  # places whose logits are in float32 at once: what a GPU's cache holds
 NOTHING = -100  # the label of a place that predicts nothing
@@ -59,7 +59,10 @@ def labels_of(batch: dict[str, Any]) -> Tensor:
     if not isinstance(batch.get("input_ids"), Tensor):
         raise InputError("data", f"a batch of {', '.join(batch)}", "batches with input_ids [B, N]")
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    labels = batch.get("labels", ids)[:, 1:]
+    labels = batch.get("labels", ids)
+    if labels.shape != ids.shape:
+        raise InputError("data", f"a batch with labels {shape_of(labels)}", f"{list(ids.shape)}, as its input_ids")
+    labels = labels[:, 1:]
     if mask is None:
         return labels
     return labels.where((mask[:, 1:] != 0) & (mask[:, :-1] != 0), NOTHING)

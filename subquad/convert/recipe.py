@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -21,13 +21,13 @@ from typing import Any
 
 from subquad import contract
 from subquad.checks import InputError, nearest
-from subquad.convert.distill import DistillResult, distill
+from subquad.convert.distill import DistillResult, distill, learning
 from subquad.convert.feed import Feed
 from subquad.convert.finetune import LOSSES, SCHEDULES, FinetuneResult, finetune
 from subquad.convert.lora import TARGETS, merge_lora, projections
 from subquad.convert.run import check_counts, seeded
 from subquad.convert.sensitivity import auto_keep, choose_layers
-from subquad.convert.swap import find_host, restore, swap, swapped
+from subquad.convert.swap import find_host, put_back, restore, swap, swapped
 
 WORDS = ("title", "paper", "summary", "cost")
 STAGES: dict[str, tuple[str, ...]] = {
@@ -38,6 +38,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _WORDS = {"loss": LOSSES, "schedule": SCHEDULES}
+_SHARES = ("kl_weight", "warmup")
 _COMPARED = 4  # batches that layers are compared on
 _CALLS: dict[str, Callable[..., Any]] = {"transfer": distill, "finetune": finetune}
 
@@ -187,7 +188,21 @@ def _stage(file: str, name: str, given: Any) -> dict[str, Any]:
         _typed(file, f"{name}.{key}", value, kind)
         if key in _WORDS and value not in _WORDS[key]:
             raise nearest(f"recipe {file}", value, _WORDS[key], f"{name}.{key}")
+        if type(value) in (int, float):
+            good, should = _range(key, kind, value)
+            if not good:
+                raise InputError(f"recipe {file}", f"{name}.{key} = {value}", should)
     return stage
+
+
+def _range(key: str, kind: Any, value: float) -> tuple[bool, str]:
+    """Whether a stage takes a number, which shows before any stage has run; and what it takes."""
+    if key in _SHARES:
+        return 0 <= value <= 1, "a number from 0 to 1"
+    if kind is int:
+        least = 0 if key == "steps" else 1  # a stage of no steps is left out
+        return value >= least, f"an integer of at least {least}"
+    return 0 < value < math.inf, "a positive number"
 
 
 def _defaults(stage: str) -> dict[str, Any]:
@@ -242,7 +257,7 @@ def linearize(
 
     Args:
         recipe: a name (`subquad recipes` lists them), a .toml file, or a Recipe.
-        data: as `distill` and `finetune` take them, for both stages.
+        data: as `distill` and `finetune` take them, for both stages, each of which reads them from their beginning.
         layers: as `swap` takes them, or "auto:K": all but the K whose replacement alone costs most on the first batches.
         steps: None for the recipe's own; an integer for both stages together, in the recipe's proportion; or
             {"transfer": …, "finetune": …}, 0 leaving a stage out.
@@ -254,19 +269,23 @@ def linearize(
         seed: of new parameters, adapters and data.
 
     Raises:
-        InputError: as `swap`, `distill` and `finetune`. The model's attention is then the original.
+        InputError: as `swap`, `distill` and `finetune`. The model's attention is then what it was.
     """
     chosen = _chosen(recipe, steps, batch, length)
     if group is not None:
         chosen = grouped(chosen, group)
+    if isinstance(data, Iterator) and len(chosen.stages) + (auto_keep(layers) is not None) > 1:
+        should = "token ids, or an iterable that begins again: each stage reads it from its beginning"
+        raise InputError("data", f"{type(data).__name__}, which can be read once", should)
     if not find_host(model).causal:
         raise InputError("model", type(model).__name__, "a causal decoder")
     if chosen.finetune is not None:
         projections(model, chosen.finetune.get("targets", TARGETS))  # before the first stage takes its time
     keep = auto_keep(layers)
     if keep is not None:
-        feed, cache = _first_batches(data, chosen, seed), None if out is None else Path(out) / "layers.json"
+        feed, cache = _first_batches(model, data, chosen, seed), None if out is None else Path(out) / "layers.json"
         layers = choose_layers(model, feed, chosen.mechanism, keep, chosen.options, seed=seed, cache=cache, progress=progress)
+    before = swapped(model)  # layers of another kind, which stay
     with seeded(seed, -2):
         swap(model, chosen.mechanism, layers=layers, **chosen.options)
     result = LinearizeResult(chosen)
@@ -277,10 +296,11 @@ def linearize(
             if name == "finetune":
                 result.finetune = finetune(model, data, **stage, out=place, **common)
                 merge_lora(model)
-            elif any(True for module in swapped(model).values() for _ in module.mechanism.parameters()):
+            elif learning(model):
                 result.transfer = distill(model, model, data, **stage, out=place, **common)
     except BaseException:
         restore(model)
+        put_back(model, before)
         raise
     return result
 
@@ -293,10 +313,10 @@ def grouped(chosen: Recipe, group: int) -> Recipe:
     return chosen.changed({"transfer": {"group": group}})
 
 
-def _first_batches(data: Any, chosen: Recipe, seed: int) -> list[dict[str, Any]]:
+def _first_batches(model: Any, data: Any, chosen: Recipe, seed: int) -> list[dict[str, Any]]:
     """What layers are compared on."""
     given = next(iter(chosen.stages.values()), {})
-    feed = Feed(data, _COMPARED, given.get("batch", 1), given.get("length", 512), seed)
+    feed = Feed(data, _COMPARED, given.get("batch", 1), given.get("length", 512), seed, model)
     return [feed[step] for step in range(_COMPARED)]
 
 

@@ -115,6 +115,12 @@ class Run:
 
     @torch.no_grad()
     def _resume(self, saved: Checkpoint) -> None:
+        assert self.keeper is not None
+        for name, p in self.parameters.items():
+            x = saved.tensors.get(f"parameters.{name}")
+            if x is None or x.shape != p.shape or not {"losses", "tokens"} <= saved.tensors.keys():
+                was = f"{self.keeper.out}, whose checkpoint does not hold {name} {list(p.shape)}"
+                raise InputError("out", was, "a checkpoint of this run, or another folder")
         for name, p in self.parameters.items():
             p.copy_(saved.tensors[f"parameters.{name}"])
             for key in MOMENTS:

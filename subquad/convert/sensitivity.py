@@ -19,7 +19,7 @@ import torch
 from subquad.checks import InputError
 from subquad.convert.loss import labels_of, next_token_loss
 from subquad.convert.run import seeded
-from subquad.convert.swap import find_host, restore, swap
+from subquad.convert.swap import check_unswapped, find_host, restore, swap
 from subquad.convert.transfer import moved
 from subquad.models.fingerprint import fingerprint
 from subquad.models.progress import tracked
@@ -76,7 +76,11 @@ def layer_costs(
         to, options: as `swap` takes them.
         seed: of new parameters.
         cache: a JSON file that keeps the layers measured so far, for the same model and choice.
+
+    Raises:
+        InputError: a model that is swapped.
     """
+    check_unswapped(model)
     batches = [moved(batch, next(model.parameters()).device) for batch in batches]
     tokens = [int(x) for batch in batches for x in batch["input_ids"].flatten()[:64]]
     settings = {"model": fingerprint(model), "to": to, "options": dict(options), "seed": seed, "text": tokens}

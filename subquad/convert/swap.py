@@ -109,6 +109,21 @@ def swapped(model: nn.Module) -> dict[int, SwappedAttention]:
     return {index: site.module for index, site in enumerate(sites) if isinstance(site.module, SwappedAttention)}
 
 
+def check_unswapped(model: nn.Module, argument: str = "model") -> None:
+    """Refuse a model with swapped layers, where `restore` would undo what somebody else did."""
+    inside = swapped(model)
+    if inside:
+        names = ", ".join(sorted({module.name for module in inside.values()}))
+        was = f"{type(model).__name__}, of whose layers {len(inside)} are swapped to {names} already"
+        raise InputError(argument, was, "a model with its own attention; subquad.restore(model) first")
+
+
+def put_back(model: Any, modules: Mapping[int, SwappedAttention]) -> None:
+    """Put modules that `swapped` told of, and `restore` took out, back in."""
+    if modules:
+        _install(find_host(model), dict(modules))
+
+
 def swap_as_saved(model: Any) -> None:
     """Carry out the plan in a model's config, which is how a saved model is built again."""
     layers = (getattr(model.config, "subquad", None) or {}).get("layers")

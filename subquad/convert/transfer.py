@@ -68,6 +68,9 @@ class _Teacher:
         self.run = Graphed(self._run, [p for lesson in given for p in lesson.pupil.mechanism.parameters()], able=here)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[list[float], int]:
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and not bool((mask != 0).any()):
+            raise InputError("data", "a batch of padding alone", "batches with a token to learn from")
         batch = moved({key: x for key, x in batch.items() if key != "labels"}, self.device)
         return self.run(batch).tolist(), self.given[0].tokens
 

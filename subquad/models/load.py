@@ -78,7 +78,15 @@ def _embedded(dtype: torch.dtype) -> tuple[Any, Any]:
     model, tokenizer = _gguf(source, torch.float32)
     with contextlib.suppress(*REFUSALS):  # no place for a copy: the next load is slow again, nothing else
         _keep(model, tokenizer, copy)
-    return model.to(dtype), tokenizer
+    return _cast(model, dtype), tokenizer
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model with parameters of a dtype, in place. Buffers keep theirs: rotary frequencies in 16 bits turn far tokens wrongly."""
+    buffers = dict(model.named_buffers())
+    model.to(dtype)
+    _set_buffers(model, buffers)
+    return model
 
 
 def embedded_file() -> Path:
@@ -135,15 +143,15 @@ def _gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     model.to(dtype)
     model.load_state_dict(read.state_dict())
     model.tie_weights()
-    _copy_buffers(read, model)  # rotary frequencies are not in the state dict
+    _set_buffers(model, {name: buffer.clone() for name, buffer in read.named_buffers()})  # rotary frequencies are not in the state dict
     model.generation_config = read.generation_config
     return model.eval(), tokenizer
 
 
-def _copy_buffers(source: Any, target: Any) -> None:
-    for name, buffer in source.named_buffers():
+def _set_buffers(model: Any, buffers: dict[str, torch.Tensor]) -> None:
+    for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")
-        setattr(target.get_submodule(owner), last, buffer.clone())
+        setattr(model.get_submodule(owner), last, buffer)
 
 
 def _folder(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:

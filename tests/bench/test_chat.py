@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -84,18 +85,40 @@ def test_a_reply_that_is_stopped_is_kept_as_far_as_it_went(llama, templated):
     assert talk.tokens > tokens  # went on, did not begin anew
 
 
+@pytest.mark.parametrize("name", [None, "hedgehog"])
+def test_a_reply_that_is_broken_off_between_two_layers_says_the_same_afterwards(llama, templated, name):
+    if name is not None:
+        subquad.swap(llama, name)
+    whole, broken = (Conversation(llama, templated, temperature=0, most=6) for _ in range(2))
+    first = next(whole.say("Call me"))
+    pieces = broken.say("Call me")
+    assert next(pieces) == first
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = llama.model.layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(pieces)
+    handle.remove()
+    assert list(broken.say("again")) == list(whole.say("again"))
+    assert broken.read == whole.read
+
+
 def test_sampling_keeps_to_the_likeliest_and_to_the_seed(llama, tokenizer):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     talk = Conversation(llama, tokenizer, temperature=1, top_p=0.7)
     drawn = [talk._choose(logits) for _ in range(400)]
     assert set(drawn) == {0, 1} and abs(drawn.count(0) / 400 - 0.625) < 0.08
     assert {Conversation(llama, tokenizer, temperature=1, top_p=0.01)._choose(logits) for _ in range(9)} == {0}
+    for cold in (1e-40, 1e-320):
+        assert Conversation(llama, tokenizer, temperature=cold)._choose(logits) == 0
     replies = {"".join(Conversation(llama, tokenizer, seed=seed, most=9).say("Ahab")) for seed in (1, 1, 2)}
     assert len(replies) == 2
 
 
 def test_bad_settings_are_refused(llama, tokenizer):
-    for name, value in (("temperature", -1), ("top_p", 0), ("most", 0)):
+    for name, value in (("temperature", -1), ("temperature", math.nan), ("top_p", 0), ("most", 0), ("seed", 2**64)):
         with pytest.raises(InputError, match=name):
             Conversation(llama, tokenizer, **{name: value})
 
@@ -105,5 +128,7 @@ def test_the_command(folder):
     assert said.exit_code == 0, said.output
     assert "No command /rest" in said.stderr and "Forgotten." in said.stderr and "no chat template" in said.stderr
     assert said.stderr.count("tokens/s") == 2 and said.stderr.count("kept in") == 2
+    latin = CliRunner().invoke(app, ["chat", str(folder), "--max-tokens", "2"], input="caf\u00e9\nmore\n".encode("latin-1"))
+    assert latin.exit_code == 0 and latin.stderr.count("tokens/s") == 2
     ended = CliRunner().invoke(app, ["chat", str(folder)], input="")
     assert ended.exit_code == 0 and "tokens/s" not in ended.stderr

@@ -124,6 +124,23 @@ def test_a_run_that_was_cut_short_goes_on(encoder, prose, tmp_path, monkeypatch)
     assert again.losses == whole.losses and again.fidelity == whole.fidelity
 
 
+def test_what_does_not_fit_the_encoder_writes_nothing(encoder, prose, tmp_path):
+    from subquad.convert.swap import swap
+
+    model, tokenizer = load_encoder(encoder)
+    for folder, to, message in (
+        (encoder, Choice("based"), "objective: got 'weights' for based"),
+        (tmp_path / "converted", Choice("hedgehog"), "model: got .*of whose layers 1 are swapped to softmax already"),
+    ):
+        if not folder.exists():
+            swap(model, "softmax", layers=[0]).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        job = EncoderJob(str(folder), (to,), layers="-1", steps=2, objective="weights", text=(str(prose),), held_out=10, batch=4)
+        with pytest.raises(InputError, match=message):
+            run_encoder_job(job, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 def test_the_command(encoder, prose, tmp_path):
     def call(*words):
         return CliRunner().invoke(app, ["swap-encoder", *map(str, words)])

@@ -141,6 +141,8 @@ def test_the_command(folder, tmp_path):
         (("--depths", "0,101"), "--depths"),
         (("--by", "hand"), "--by"),
         (("--lengths", "10"), "length"),
+        (("--lengths", "10", "--out", tmp_path / "none" / "n.json"), "--out"),  # before anything is measured
+        (("--lengths", "10", "--out", tmp_path), "--out"),
     ):
         refused = call(folder, *words)
         assert refused.exit_code == 2 and refused.stderr.count("\n") == 1 and part in refused.stderr

@@ -18,6 +18,7 @@ from subquad.bench.report import COLUMNS
 from subquad.bench.subjects import subjects
 from subquad.convert.finetune import finetune
 from subquad.convert.recipe import recipes
+from subquad.convert.swap import swap
 from subquad.models.load import load_model
 from subquad.models.self_text import sample, self_text
 from subquad.models.text import encode, load_text, split
@@ -312,6 +313,26 @@ def test_bad_input_writes_nothing(job, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         run_job(replace(job, **change), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_the_model_writes_nothing(job, tokenizer, tmp_path):
+    from bench.tiny import make_llama
+    from transformers import MistralConfig, MistralForCausalLM
+
+    few = make_llama(vocab_size=100, eos_token_id=99)
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sliding = MistralForCausalLM(MistralConfig(**sizes, num_hidden_layers=2, sliding_window=8))
+    converted = swap(make_llama(), "gla", layers=[0, 1])
+    for name, model, change, message in (
+        ("sliding", sliding, {"recipes": ("hedgehog",), "to": ()}, "objective: got 'weights' for .*whose original has a window of 8"),
+        ("few", few, {}, r"model: got .*few, whose tokenizer writes token \d+; expected a tokenizer of .*100 tokens"),
+        ("converted", converted, {"layers": "3"}, "model: got .*of whose layers 2 are swapped to gla already"),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            run_job(replace(job, model=str(tmp_path / name), tune_original=False, **change), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 # ---- text that the model writes itself --------------------------------------------------------------------------------

@@ -41,6 +41,17 @@ def test_ratio_and_gap_closed_are_what_they_say():
     assert report.rows[3].gap_closed == pytest.approx(2.5 / 3.0)
 
 
+def test_without_a_gap_none_is_closed():
+    report = four_rows()
+    report.rows[2].nll = report.rows[0].nll + 1e-6  # a window as long as the text: the swap alone loses nothing
+    report.rows[2].ppl = math.exp(report.rows[2].nll)
+    assert report.compare().rows[3].gap_closed is None
+    said = next(s for s in report.verdicts() if s.startswith("80 steps"))
+    assert "from perplexity 20.09 to 33.12, 1.65× the original's." in said and "gap" not in said
+    report.rows[2].nll = report.rows[0].nll - 0.5
+    assert report.compare().rows[3].gap_closed is None
+
+
 def test_it_is_said_where_the_untrained_window_wins():
     report = four_rows()
     assert any("untrained sliding-window:window=64" in s and "does better than lolcats, 80 steps" in s for s in report.verdicts())

@@ -178,6 +178,27 @@ def test_a_run_killed_while_hidden_states_are_written_goes_on(tokens, tmp_path, 
     assert distill(students[2], students[2], tokens, group=1, out=tmp_path, **OPTIONS).layer_losses == expected.layer_losses
 
 
+def test_hidden_states_that_are_gone_are_named(teacher, tokens, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    real = blockwise.Hidden.load
+
+    def dying(self, step):
+        if step == 2:
+            raise Killed
+        return real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise.Hidden, "load", dying)
+        with pytest.raises(Killed):
+            distill(student_of(teacher), teacher, tokens, group=1, out=tmp_path, **OPTIONS)
+    for damage in (lambda file: file.write_bytes(b"half"), lambda file: file.unlink()):
+        damage(tmp_path / "hidden-001" / "step-00000002.safetensors")
+        with pytest.raises(InputError, match=r"out: got damaged or missing hidden states .*step-00000002"):
+            distill(student_of(teacher), teacher, tokens, group=1, out=tmp_path, **OPTIONS)
+
+
 def test_groups_that_learn_nothing_belong_to_their_run_too(teacher, tokens, tmp_path):
     student = swap(copy.deepcopy(teacher), None, layers={2: "toy-temperature"})
     distill(student, teacher, tokens, group=1, out=tmp_path, **OPTIONS)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from convert.toy_mechanisms import tiny_llama
+from safetensors.torch import load_file, save_file
 
 import subquad
 from subquad import InputError
@@ -35,6 +36,10 @@ def temperatures(model):
 
 def teach(student, teacher, data, **options):
     return distill(student, teacher, data, **{"steps": 6, "length": 16, "progress": False, **options})
+
+
+def masked(tokens, mask):
+    return {"input_ids": tokens[:32].reshape(2, 16), "attention_mask": mask}
 
 
 # ---- what it learns -------------------------------------------------------------------------------------------------
@@ -90,6 +95,14 @@ def test_padding_does_not_count(teacher, tokens):
 
 def test_a_list_of_ids_is_tokens(teacher, tokens):
     assert teach(student_of(teacher), teacher, tokens.tolist()).losses == teach(student_of(teacher), teacher, tokens).losses
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_narrow_ids_are_tokens(teacher, tokens, dtype):
+    expected = teach(student_of(teacher), teacher, tokens).losses
+    assert teach(student_of(teacher), teacher, tokens.to(dtype)).losses == expected
+    batches = [tokens[i : i + 16][None] for i in range(0, 64, 16)]
+    assert teach(student_of(teacher), teacher, [x.to(dtype) for x in batches]).losses == teach(student_of(teacher), teacher, batches).losses
 
 
 def test_a_model_can_be_its_own_teacher(teacher, tokens):
@@ -331,6 +344,11 @@ def test_a_damaged_checkpoint_is_named_and_a_draft_is_not_one(teacher, tokens, t
     teach(student_of(teacher), teacher, tokens, out=tmp_path)
     assert not draft.exists()
     (saved,) = (tmp_path / "checkpoint").iterdir()
+    whole = load_file(saved / "tensors.safetensors")
+    for name, other in (("parameters.model.layers.0.self_attn.mechanism.temperature", torch.ones(7)), ("losses", None)):
+        save_file({key: x for key, x in {**whole, name: other}.items() if x is not None}, saved / "tensors.safetensors")
+        with pytest.raises(InputError, match=r"out: got .*whose checkpoint does not hold"):
+            teach(student_of(teacher), teacher, tokens, out=tmp_path, take_finished=True)
     (saved / "tensors.safetensors").write_bytes(b"half")
     with pytest.raises(InputError, match=r"damaged checkpoint .*tensors\.safetensors"):
         teach(student_of(teacher), teacher, tokens, out=tmp_path, take_finished=True)
@@ -348,6 +366,11 @@ def test_misuse_is_one_line(teacher, tokens):
         "student: .*without a swapped layer": lambda: teach(teacher, teacher, tokens),
         "student: .*nothing to learn": lambda: teach(swap(copy.deepcopy(teacher), "softmax"), teacher, tokens),
         "teacher: .*without model.layers.2": lambda: teach(student, tiny_llama(num_hidden_layers=2), tokens),
+        "teacher: .*swapped to gla already": lambda: teach(student, swap(copy.deepcopy(teacher), "gla", layers=[1]), tokens),
+        "data: got token id 97; expected ids from 0 to 96": lambda: teach(student, teacher, tokens + 1),
+        "data: got token id -1": lambda: teach(student, teacher, [tokens[:32].reshape(2, 16).clamp(max=0) - 1]),
+        r"data: got a batch with attention_mask \[2, 15\]": lambda: teach(student, teacher, [masked(tokens, torch.ones(2, 15))]),
+        "data: got a batch of padding alone": lambda: teach(student, teacher, [masked(tokens, torch.zeros(2, 16))]),
         "text: got 9 tokens": lambda: teach(student, teacher, tokens[:9]),
         "data: got str": lambda: teach(student, teacher, "Call me Ishmael."),
         "data: got no batch": lambda: teach(student, teacher, []),

@@ -338,6 +338,11 @@ def test_misuse_is_one_line(model, tokens):
         "lr: got -1": lambda: tune(model, tokens, lr=-1),
         "text: got 9 tokens": lambda: tune(model, tokens[:9]),
         "data: got a step without a token to predict": lambda: tune(model, [tokens[None, :1]]),
+        r"data: got a batch with labels \[1, 8\]": lambda: tune(model, [{"input_ids": tokens[None, :9], "labels": tokens[None, :8]}]),
+        "data: got token id 97": lambda: tune(model, tokens + 1),
+        "teacher: got .*a vocabulary of 98; expected that of the model, 97": lambda: tune(
+            model, tokens, loss="kl", teacher=tiny_llama(vocab_size=98)
+        ),
         "data: got a batch of pixel_values": lambda: tune(model, [{"pixel_values": torch.zeros(1, 3, 4, 4)}]),
         "model: got .*with low-rank adapters": lambda: tune(tuned, tokens),
         "model: got .*without low-rank adapters": lambda: merge_lora(model),

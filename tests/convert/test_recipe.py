@@ -113,6 +113,18 @@ def test_linearize_is_its_stages_one_after_another(model, mine, tokens):
     assert same(whole, merge_lora(apart)) and len(swapped(whole)) == 3
 
 
+def test_data_that_can_be_read_once_serve_one_stage(model, mine, tokens):
+    def once():
+        return (tokens[i : i + 16][None] for i in range(0, 160, 16))
+
+    with pytest.raises(
+        InputError, match="data: got generator, which can be read once; expected token ids, or an iterable that begins again"
+    ):
+        linearize(model, mine, once(), steps={"transfer": 2, "finetune": 1}, **QUIET)
+    assert not swapped(model)
+    linearize(model, mine, once(), steps={"transfer": 2, "finetune": 0}, **QUIET)
+
+
 def test_it_goes_on_where_it_stopped_and_gives_a_finished_model_again(model, mine, tokens, tmp_path, monkeypatch):
     expected, broken = copy.deepcopy(model), copy.deepcopy(model)
     steps = {"transfer": 3, "finetune": 4}
@@ -217,6 +229,12 @@ def test_damaged_files_are_named(tmp_path):
         ("steps = 30", "", "no transfer.steps; expected an integer"),
         ("steps = 10", "steps = true", "finetune.steps = True; expected an integer"),
         ("accumulate = 2", 'accumulate = "2"', "finetune.accumulate = '2'; expected an integer"),
+        ("accumulate = 2", "accumulate = 0", "finetune.accumulate = 0; expected an integer of at least 1"),
+        ("accumulate = 2", "rank = -8", "finetune.rank = -8; expected an integer of at least 1"),
+        ("accumulate = 2", "warmup = 1.5", "finetune.warmup = 1.5; expected a number from 0 to 1"),
+        ("accumulate = 2", "alpha = nan", "finetune.alpha = nan; expected a positive number"),
+        ("steps = 30", "steps = -1", "transfer.steps = -1; expected an integer of at least 0"),
+        ("lr = 1e-2", "lr = -1", "transfer.lr = -1; expected a positive number"),
         ('targets = ["q_proj", "k_proj"]', 'targets = "q_proj"', "finetune.targets = 'q_proj'; expected a list"),
         ("lr = 1e-2", 'group = "2"', "transfer.group = '2'; expected an integer"),
         ("accumulate = 2", 'loss = "ce"', "'ce'; expected a finetune.loss; one of: kl, next-token"),

@@ -82,6 +82,21 @@ def test_linearize_keeps_the_layers_that_cost_most(model, batches, tmp_path):
     assert list(swapped(model)) == [min(costs, key=costs.get)] and len(costs) == 4
 
 
+def test_layers_that_are_swapped_stay_as_they_are(model, batches):
+    tokens = torch.cat([b["input_ids"].flatten() for b in batches] * 12)
+    swap(model, "gla", layers=[3])
+    gla, before = swapped(model)[3], loss(model, batches)
+    with pytest.raises(
+        InputError, match=r"model: got SubquadLlama.*, of whose layers 1 are swapped to gla already; expected a model with its"
+    ):
+        linearize(model, "sliding-window", tokens, layers="auto:1", steps=1, batch=1, length=128, progress=False)
+    with pytest.raises(InputError, match="text: got 24 tokens"):
+        linearize(model, "sliding-window", tokens[:24], layers=[0, 1], steps=1, batch=1, length=128, progress=False)
+    assert swapped(model) == {3: gla} and loss(model, batches) == before
+    linearize(model, "sliding-window", tokens, layers=[0, 1], steps=1, batch=1, length=128, progress=False)
+    assert {index: module.name for index, module in swapped(model).items()} == {0: "sliding-window", 1: "sliding-window", 3: "gla"}
+
+
 def test_misuse_is_one_line(model, batches):
     assert [auto_keep(x) for x in ("auto:3", "auto:0", "all", "3:1", [0], "auto:x")] == [3, 0, None, None, None, None]
     with pytest.raises(InputError, match="layers: got auto:4; expected fewer layers to keep than the model has, 4"):

@@ -1,5 +1,7 @@
 """LoLCATs: both windows and the sinks by the keys that they name, and what is left when either part is empty."""
 
+import pickle
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -323,3 +325,10 @@ def test_the_gradient_of_maps_in_pieces_is_that_of_one_product(tokens, monkeypat
         assert saved == [kept.shape]
     x, w = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(RowsProduct.apply, (x, w)) and torch.autograd.gradgradcheck(RowsProduct.apply, (x, w))
+
+
+def test_a_module_with_sinks_is_pickled():
+    module = subquad.attention("lolcats", 2, 4, sinks=1, far_rotary=False)
+    again = pickle.loads(pickle.dumps(module))
+    q = torch.randn(1, 9, 2, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again(q, q, q), module(q, q, q)) and again.card == module.card

@@ -137,7 +137,9 @@ def test_the_copy_in_the_cache_is_used_and_made_again_when_damaged(monkeypatch, 
     monkeypatch.setattr(load, "embedded_file", lambda: Path("a.gguf"))
     monkeypatch.setattr(load, "_gguf", read)
     for _ in range(2):
-        assert load_model(DEFAULT, "bfloat16")[0].dtype == torch.bfloat16
+        model = load_model(DEFAULT, "bfloat16")[0]
+        assert model.dtype == torch.bfloat16
+        assert torch.equal(model.model.rotary_emb.inv_freq, _tiny().model.rotary_emb.inv_freq)  # in float32, the first time too
     assert len(made) == 1
     (copy,) = tmp_path.iterdir()
     (copy / "model.safetensors").write_bytes(b"cut")

@@ -401,6 +401,7 @@ def test_vision_model_serves_every_name_and_loads_nothing_before_it_is_called():
         ("in_chans", lambda: small(in_chans=0)),
         ("name", lambda: small(mechanisms=("rala", "ralla", "softmax", "softmax"))),
         ("name", lambda: vision_model("ravlt_x")),
+        ("options", lambda: vision_model("nalaformer_xt", num_class=3)),
         ("num_classes", lambda: small().reset_classifier(-1)),
         ("global_pool", lambda: small(global_pool="max")),
         ("global_pool", lambda: small(global_pool="")),

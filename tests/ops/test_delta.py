@@ -226,3 +226,27 @@ def test_bad_input_names_the_argument(argument: str, change: dict) -> None:
     with pytest.raises(InputError) as error:
         delta_rule(given.pop("q"), given.pop("k"), given.pop("v"), given.pop("beta"), **given)
     assert error.value.argument == argument and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "width, values, dtype, served",
+    [
+        (128, 128, torch.float32, True),
+        (64, 129, torch.float32, False),
+        (64, 256, torch.bfloat16, True),
+        (129, 64, torch.bfloat16, False),
+        (64, 257, torch.bfloat16, False),
+    ],
+)
+def test_kernels_are_asked_for_what_fits_them(monkeypatch, width, values, dtype, served):
+    asked = []
+
+    def kernels(q, k, v, *_):
+        asked.append(v.shape[-1])
+        return torch.zeros_like(v), None
+
+    monkeypatch.setenv("SUBQUAD_KERNELS", "on")
+    monkeypatch.setattr("subquad.ops.delta.fused.delta_rule", kernels)
+    q, k, v = (torch.ones(1, 2, 1, w, dtype=dtype) for w in (width, width, values))
+    o = delta_rule(q, k / width, v, torch.ones(1, 2, 1, dtype=dtype))
+    assert bool(asked) == served and bool(o.any()) != served

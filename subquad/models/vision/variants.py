@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,4 +43,19 @@ def make(name: str, options: dict[str, Any]) -> Any:
     """What `subquad.models.vision.vision_model` does."""
     if name not in VARIANTS:
         raise nearest("name", name, VARIANTS, "vision model")
-    return VARIANTS[name].model(**{**VARIANTS[name].options, **options})
+    model, known = VARIANTS[name].model, _options(VARIANTS[name].model)
+    for option in options:
+        if option not in known:
+            raise nearest("options", option, known, f"option of {model.__name__}")
+    return model(**{**VARIANTS[name].options, **options})
+
+
+def _options(model: type[ImageModel]) -> list[str]:
+    """What its constructor takes by name, that of its base class too where it hands options on."""
+    names: list[str] = []
+    for made in (kind.__dict__["__init__"] for kind in model.__mro__ if "__init__" in kind.__dict__):
+        found = inspect.signature(made).parameters.values()
+        names += [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+        if all(p.kind != p.VAR_KEYWORD for p in found):
+            break
+    return names

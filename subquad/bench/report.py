@@ -164,12 +164,13 @@ class Report:
         said, first = [], self.original
         for row in self.rows:
             before = next((r for r in self.rows if r.mechanism == row.mechanism and not r.taught), None)
-            if before not in (None, row, first) and None not in (before.ppl, row.ppl, row.ratio):  # type: ignore[union-attr]
-                closed = "" if row.gap_closed is None else f": {row.gap_closed:.1%} of the gap in nats is closed"
-                said.append(
-                    f"{row.teaching} bring {row.mechanism} from perplexity {before.ppl:.4g} to "  # type: ignore[union-attr]
-                    f"{row.ppl:.4g}, {row.ratio:.3g}× the original's{closed}."
-                )
+            if before is None or before is row or before is first or before.ppl is None or row.ppl is None or row.ratio is None:
+                continue
+            closed = "" if row.gap_closed is None else f": {row.gap_closed:.1%} of the gap in nats is closed"
+            said.append(
+                f"{row.teaching} bring {row.mechanism} from perplexity {before.ppl:.4g} to "
+                f"{row.ppl:.4g}, {row.ratio:.3g}× the original's{closed}."
+            )
         trained = [r for r in self.rows if r.taught and r.ppl is not None and first is not None and r.mechanism != first.mechanism]
         untrained = [r for r in self.rows[1:] if not r.taught and r.ppl is not None]
         for row in trained:

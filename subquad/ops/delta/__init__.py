@@ -14,8 +14,8 @@ from subquad.ops.delta.chunked import DeltaRule, delta_step, run
 
 __all__ = ["delta_rule"]
 
-WIDEST = 128  # head dim of the solves' kernels: beyond it Triton 3.6 makes ones that read past their shared memory on Hopper
-WIDEST_VALUES = {4: 128}  # by bytes of a number: a Hopper's shared memory holds no wider float32 tiles
+WIDEST = 128  # head dim of the solves' kernels: beyond it Triton 3.6 makes ones that read past their shared memory on Hopper;
+# and the widest float32 values that a Hopper's shared memory has room for
 
 
 def delta_rule(
@@ -57,7 +57,7 @@ def delta_rule(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     state = None if initial_state is None else initial_state.to(dtype)
     use_kernels = scale != 0 and kernels_serve(q, q.shape[3], v.shape[3])
-    fits = q.shape[3] <= WIDEST and v.shape[3] <= WIDEST_VALUES.get(q.element_size(), 256)
+    fits = q.shape[3] <= WIDEST and (v.shape[3] <= WIDEST or q.dtype != torch.float32)
     # the one place that chooses a path
     if use_kernels and cu_seqlens is None and state is not None and step.available(q, k, v, beta, log_decay, state):
         o, state = step.recurrent_step(q, k, v, log_decay, beta, state, scale)

@@ -129,7 +129,7 @@ def apply_back_kernel(
                 dM_second = tl.dot(tl.trans(turn(part * alpha[:, None], c, s, TURN).to(MT)), td.to(MT), dM_second, input_precision=IP)
         if OUT:
             d_phi = back * alpha[:, None] + dt[:, None] * own_z
-            if OUT and TWICE:
+            if TWICE:
                 d_phi += pick(x, extra[None, :], extra_second[None, :], TWO)
             store_tile(dq + at * (H * D), H * D, rows, left, ch, D, BD, feature_back(x, phi, d_phi, MAP))
     if SUMS:

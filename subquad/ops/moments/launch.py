@@ -13,7 +13,7 @@ from subquad.ops.launch import INTERPRETED, bits_of, processors, remembered
 from subquad.ops.launcher import Grid, Launcher, launcher, token_step
 from subquad.ops.moments import backward, blocks, kernels
 from subquad.ops.moments.moments import KERNEL_MAPS, TWO_SIGNS
-from subquad.ops.moments.rows import RESIDENT, row
+from subquad.ops.moments.rows import row, runs
 
 MAPS = {name: getattr(blocks, name.upper()).value for name in KERNEL_MAPS}
 NORMALS = {name: getattr(blocks, name.upper()).value for name in ("divide", "floored", "magnitude", "subtract", "none")}
@@ -150,10 +150,10 @@ class Plan:
         """`plain` is what follows the tokens and runs among the kernel's plain numbers."""
         way = "signs" if self.same["TWO"] else "turned" if constants.get("TURN") else "none"
         tile = row(name, way, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype))
-        programs = RESIDENT.get(name, 4 if tile.warps <= 4 else 2) * processors(self.device)
-        runs = max(1, min(programs // max(1, self.rows * heads), cdiv(self.row_tokens, 2 * tile.columns)))
+        each = max(1, self.rows * heads)
+        count = max(1, min(runs(name, each, processors(self.device)), cdiv(self.row_tokens, 2 * tile.columns)))
         run = launcher(kernel, C=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **constants)
-        return Launch(run, (self.rows * heads * runs, 1, 1), strides, (tokens, runs, *plain), runs)
+        return Launch(run, (self.rows * heads * count, 1, 1), strides, (tokens, count, *plain), count)
 
     def _strides(self, name: str, dims: int = 3) -> tuple[int, ...]:
         kind = self.kinds[name]
@@ -241,9 +241,11 @@ class Plan:
         return self.combine_launch(self.gather_launch.runs, False)
 
     @cached_property
-    def grad_combine(self) -> Launch:
+    def grad_combines(self) -> dict[int, Launch]:
+        """By how many runs each query head was cut into."""
         group = self.heads // self.key_heads
-        return self.combine_launch(self.apply_back_launches[True, False, False].runs * group, True)
+        counts = {launch.runs for launch in self.apply_back_launches.values()}
+        return {count: self.combine_launch(count * group, True) for count in counts}
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
@@ -294,7 +296,7 @@ class Plan:
         if parts is None:
             return dq, None
         grads = self.empty(self.rows, self.key_heads, self.size.L)
-        self.grad_combine(parts, grads, record)
+        self.grad_combines[launch.runs](parts, grads, record)
         return dq, grads
 
     def gather_back(

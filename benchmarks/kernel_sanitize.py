@@ -19,6 +19,7 @@ from subquad.bench.machine import synchronize
 SMALL: list[tuple[Shape, torch.dtype]] = [
     ((1, 130, 2, 64), torch.bfloat16),
     ((1, 70, 1, 128), torch.bfloat16),
+    ((1, 2100, 1, 64), torch.bfloat16),  # long enough to be cut into segments
     ((2, 33, 2, 48), torch.float32),
 ]
 TOOLS = "memcheck", "racecheck"

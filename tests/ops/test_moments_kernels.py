@@ -16,9 +16,11 @@ from bounds import OutOfBounds, check_bounds
 
 from subquad import InputError, Rotary
 from subquad.ops.feature_maps import feature_map
+from subquad.ops.launch import Config, forget
 from subquad.ops.moments import apply_moments, gather_moments, moment_attention
 from subquad.ops.moments.launch import Plan
 from subquad.ops.moments.reference import reference
+from subquad.ops.moments.rows import runs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N = 70
@@ -123,6 +125,25 @@ def test_widths_that_are_no_powers_of_two(sizes):
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (2, 4)])
 def test_head_counts(heads):
     both_ways(make(heads), feature_map="elu1", global_query="mean")
+
+
+@pytest.mark.parametrize("more", [{"normalizer": "subtract"}, {"global_query": "mean"}])
+def test_rows_in_many_runs_of_tokens(monkeypatch, more):
+    """Tiles of each kernel's own size, so that kernels differ in how many runs they cut a row into."""
+    sizes = {"mean": 32, "gather": 64, "apply": 32, "apply_back": 16, "apply_back_both": 64, "apply_back_out": 32, "gather_back": 16}
+    monkeypatch.setattr("subquad.ops.moments.launch.processors", lambda device: 40)
+    monkeypatch.setattr("subquad.ops.moments.launch.row", lambda kernel, *_: Config(sizes[kernel], 4, 1))
+    forget()
+    both_ways(make(n=200), feature_map="elu1", **more)
+    monkeypatch.undo()
+    forget()
+
+
+def test_runs_even_out_the_last_turn():
+    assert runs("gather", 128, 132) == 2  # two programs for nearly each processor
+    assert runs("gather", 150, 132) == 3  # 450 programs in four turns: 1.33 a run, where one run takes two and two take three
+    assert runs("gather", 1000, 132) == 1
+    assert runs("apply", 1, 132) == 4 * 132
 
 
 def test_floor():

@@ -74,7 +74,7 @@ def pass_kernel(
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
     ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr,
-    FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, MORE: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
+    FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, ALL: tl.constexpr, MORE: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
     SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One pass over one segment of one sequence, for one head and one tile of columns.
@@ -93,6 +93,7 @@ def pass_kernel(
         LEFT: per token, weigh and round b, not c, where they enter the state, as the row sums of the backward do: what a final
             state adds to the decays' gradient then cancels with them.
         dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x, without `add` (in float32 also without s = t), and of more·c.
+        ALL: without OUT, add up the last segment too, which only a final state asks for.
         totals: without OUT, the decay over the segment, as log2 ``[sequences, H, segments, 1, D or V]``.
         SPLIT: read the state in two parts of MT, as the gradient of decays needs: between q·q̇ and k·k̇ much cancels, and
             rounding would add up. For that x is also weighed and rounded as the other direction's sources are.
@@ -100,6 +101,9 @@ def pass_kernel(
     TILES: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)  # one axis holds all: the others end at 65,535; tiles of a head are neighbours
     i_v, i_s = program % TILES, program // TILES % segments
+    if not OUT and not ALL:  # noqa: SIM102
+        if i_s == (0 if REVERSE else segments - 1):
+            return
     i_qh = program // (TILES * segments)
     i_q, i_h = i_qh // H, (i_qh % H).to(tl.int64)
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
@@ -292,12 +296,13 @@ def join_kernel(
         S += tl.load(start + (i_qh // GS).to(tl.int64) * (D * V) + cell, mask=mask, other=0.0) * start_scale
     for i in range(0, segments):
         at = (i_qh * segments + (segments - 1 - i if REVERSE else i)).to(tl.int64)
-        added = tl.load(states + at * (D * V) + cell, mask=inside, other=0.0)
+        known = inside if FINAL else inside & (i + 1 < segments)
+        added = tl.load(states + at * (D * V) + cell, mask=known, other=0.0)
         tl.store(states + at * (D * V) + cell, S, mask=inside)
         if DECAY == CHANNEL:
-            S *= tl.exp2(tl.load(totals + at * D + cell // V, mask=inside, other=0.0))
+            S *= tl.exp2(tl.load(totals + at * D + cell // V, mask=known, other=0.0))
         elif DECAY:
-            S *= tl.exp2(tl.load(totals + at * V + cell % V, mask=inside, other=0.0))
+            S *= tl.exp2(tl.load(totals + at * V + cell % V, mask=known, other=0.0))
         S += added
     if FINAL:
         tl.store(final + i_qh.to(tl.int64) * (D * V) + cell, S, mask=inside)

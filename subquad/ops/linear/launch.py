@@ -179,7 +179,7 @@ def _plan(
         return launcher(
             kernels.pass_kernel, **rows_by, H=n, **per_head, GS=grouped, ONCE=once and whole and (started or final), D=width, V=columns,
             BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, **way, REVERSE=reverse, START=out and (started or not whole),
-            FINAL=(final and whole) or not out, LEFT=left and bf16 and kind == 1, OUT=out, MORE=more, ADD=out and add,
+            FINAL=(final and whole) or not out, LEFT=left and bf16 and kind == 1, OUT=out, ALL=out or final, MORE=more, ADD=out and add,
             DOT=out and dots, SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16,
             IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,
         )  # fmt: skip

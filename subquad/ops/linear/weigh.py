@@ -18,13 +18,31 @@ import triton.language as tl
 
 from subquad.ops.triton_blocks import FLOOR, LOG2E, SAFE, count_slots, find_chunk, load_tile, sequence, store_tile
 
+RUN = tl.constexpr(4)  # tokens whose sums one thread makes by itself
+
+
+@triton.jit
+def by_runs(C: tl.constexpr):
+    """The token of each row of a tile: neighbours stand a fourth of the tile apart, where one thread has them all."""
+    r = tl.arange(0, C)
+    return r % (C // RUN) * RUN + r // (C // RUN)
+
+
+@triton.jit
+def running(x, REVERSE: tl.constexpr):
+    """Sums of x ``[C, B]`` through each token, from the first or with REVERSE the last, for rows `by_runs`."""
+    x = tl.reshape(x, [RUN, x.shape[0] // RUN, x.shape[1]])
+    own = tl.sum(x, 0)
+    others = tl.cumsum(own, 0, reverse=REVERSE) - own
+    return tl.reshape(tl.cumsum(x, 0, reverse=REVERSE) + others[None, :, :], [x.shape[1] * RUN, x.shape[2]])
+
 
 @triton.jit
 def load_decays(base, stride, rows, left, cols, width: tl.constexpr, padded: tl.constexpr, EXACT: tl.constexpr):
     """A chunk's log2 decays: sums through each token and sums after it ``[C, padded]``, and their total ``[padded]``."""
     g = load_tile(base, stride, rows, left, cols, width, padded).to(tl.float64 if EXACT else tl.float32)
     g = tl.maximum(g * LOG2E, FLOOR)
-    through = tl.cumsum(g, 0)
+    through = running(g, False)
     total = tl.min(through, 0)  # the last: sums of logs ≤ 0 only fall
     return through.to(tl.float32), (total[None, :] - through).to(tl.float32), total.to(tl.float32)
 
@@ -45,7 +63,7 @@ def weigh_kernel(
     i_q, first, left = find_chunk(cu, sequences, i_c, N, C, PACKED)
     if left <= 0:
         return
-    rows, ds = tl.arange(0, C), tl.arange(0, BD)
+    rows, ds = by_runs(C), tl.arange(0, BD)
     through, after, whole = load_decays(g + i_b * sg_b + first * sg_n + i_s * sg_h, sg_n, rows, left, ds, D, BD, EXACT)
     safe = tl.min(whole, 0) >= SAFE
     slot = (i_b * HS + i_s) * count_slots(N, sequences, C, PACKED) + first // C + i_q
@@ -73,7 +91,7 @@ def unweigh_kernel(
     """
     i_q, i_s, i_t = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
-    rows, ds = tl.arange(0, C), i_t * BT + tl.arange(0, BT)
+    rows, ds = by_runs(C), i_t * BT + tl.arange(0, BT)
     DP: tl.constexpr = BT if D % BT else D
     g += i_b * sg_b + begin * sg_n + i_s * sg_h
     slots = count_slots(N, tl.num_programs(0), C, PACKED)
@@ -105,6 +123,6 @@ def unweigh_kernel(
                 tq = load_tile(q_hat + here, H * D, rows, left, ds, D, DP).to(tl.float32)
                 flow += tq * x - tk * y
         if GATE:
-            sums = tl.cumsum(flow, 0, reverse=True) + carry[None, :]
+            sums = running(flow, True) + carry[None, :]
             store_tile(dg + (at * HS + i_s) * D, HS * D, rows, left, ds, D, DP, sums)
             carry += tl.sum(flow, 0)

@@ -22,6 +22,8 @@ from subquad.ops.moments.blocks import (
     load_vector,
     normal,
     normal_back,
+    offset,
+    pairs_of_rows,
     pick,
     product,
     read_record,
@@ -36,8 +38,8 @@ from subquad.ops.triton_blocks import LOG2E, load_tile, sequence, store_tile
 @triton.jit(do_not_specialize=["N", "splits", "parts", "scale", "eps"])
 def apply_back_kernel(
     q, do, record, more, cos, sin, cu, terms, dq, grads,
-    sq_b, sq_n, sq_h, sd_b, sd_n, sd_h, sr_b, N, splits, parts, scale, eps,
-    H: tl.constexpr, GQ: tl.constexpr, GM: tl.constexpr,
+    sq_b, sq_h, sd_b, sd_h, sr_b, N, splits, parts, scale, eps,
+    sq_n: tl.constexpr, sd_n: tl.constexpr, H: tl.constexpr, GQ: tl.constexpr, GM: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, NORMAL: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
     OUT: tl.constexpr, TWICE: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
@@ -82,59 +84,64 @@ def apply_back_kernel(
         if TWO:
             extra_second = add_parts(more + D, parts, F, ch, ch < D) / tl.maximum(n, 1)
     dM, dM_second = tl.zeros([BD, BV], tl.float32), tl.zeros([BD, BV] if TWO else [1, 1], tl.float32)
-    dz, dz_second = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    dz, dz_second = tl.zeros([C // 2, BD], tl.float32), tl.zeros([C // 2, BD] if TWO else [1, 1], tl.float32)
     d_mean = tl.zeros([BV], tl.float32)
     d_weight = tl.zeros([C], tl.float32)
+    rows = tl.arange(0, C)
     start, stop = run_of(i_s, splits, n, C)
     for i in range(start, stop):
-        rows = (i * C + tl.arange(0, C)).to(tl.int64)
-        x = load_tile(q, sq_n, rows, n, ch, D, BD).to(tl.float32)
-        td = load_tile(do, sd_n, rows, n, vs, V, BV)
+        at, left = offset(i, C), n - i * C
+        alive = rows < live - i * C
+        x = load_tile(q + at * sq_n, sq_n, rows, left, ch, D, BD).to(tl.float32)
+        td = load_tile(do + at * sd_n, sd_n, rows, left, vs, V, BV)
+        now = terms + at * (2 * H) + rows * (2 * H)
         phi = feature(x, MAP)
         own_z = pick(x, z[None, :], z_second[None, :], TWO)
         if SUMS or not TWICE:
             t = tl.sum(phi * own_z, 1)
             alpha, beta = normal(t, scale, eps, NORMAL)
-            alpha = tl.where(rows < live, alpha, 0.0)
+            alpha = tl.where(alive, alpha, 0.0)
         else:
-            alpha = tl.load(terms + rows * (2 * H), mask=rows < n, other=0.0)
-            dt = tl.load(terms + rows * (2 * H) + 1, mask=rows < n, other=0.0)
-        c, s = angles(cos, sin, rows, n, D, BD) if TURN else (alpha, alpha)
+            alpha = tl.load(now, mask=rows < left, other=0.0)
+            dt = tl.load(now + 1, mask=rows < left, other=0.0)
+        c, s = angles(cos + at * (D // 2), sin + at * (D // 2), rows, left, D, BD) if TURN else (alpha, alpha)
         back = turn(product(td.to(MT), read, rest, SPLIT, IP), c, -s, TURN)
         if TWO:
             back = pick(x, back, turn(product(td.to(MT), read_second, rest_second, SPLIT, IP), c, -s, TURN), TWO)
         if SUMS or not TWICE:
             num = tl.sum(phi * back, 1)
             b = tl.sum(td.to(tl.float32) * mean[None, :], 1) if CENTRED else num * 0
-            dt = tl.where(rows < live, normal_back(t, num, b, scale, eps, NORMAL), 0.0)
+            dt = tl.where(alive, normal_back(t, num, b, scale, eps, NORMAL), 0.0)
         if SUMS and TWICE:
-            tl.store(terms + rows * (2 * H), alpha, mask=rows < n)
-            tl.store(terms + rows * (2 * H) + 1, dt, mask=rows < n)
+            tl.store(now, alpha, mask=rows < left)
+            tl.store(now + 1, dt, mask=rows < left)
         if SUMS:
             d_weight += alpha * num + dt * t
             if CENTRED:
                 d_mean += tl.sum(beta[:, None] * td.to(tl.float32), 0)
                 d_weight += beta * b
             part = copy(x, phi, False, TWO)
-            dz += tl.sum(dt[:, None] * part, 0)
+            dz += pairs_of_rows(dt[:, None] * part)
             dM = tl.dot(tl.trans(turn(part * alpha[:, None], c, s, TURN).to(MT)), td.to(MT), dM, input_precision=IP)
             if TWO:
                 part = copy(x, phi, True, TWO)
-                dz_second += tl.sum(dt[:, None] * part, 0)
+                dz_second += pairs_of_rows(dt[:, None] * part)
                 dM_second = tl.dot(tl.trans(turn(part * alpha[:, None], c, s, TURN).to(MT)), td.to(MT), dM_second, input_precision=IP)
         if OUT:
             d_phi = back * alpha[:, None] + dt[:, None] * own_z
             if TWICE:
                 d_phi += pick(x, extra[None, :], extra_second[None, :], TWO)
-            store_tile(dq, H * D, rows, n, ch, D, BD, feature_back(x, phi, d_phi, MAP))
+            store_tile(dq + at * (H * D), H * D, rows, left, ch, D, BD, feature_back(x, phi, d_phi, MAP))
     if SUMS:
+        dz, dz_second = tl.sum(dz, 0), tl.sum(dz_second, 0)
         store_record(grads + program.to(tl.int64) * L, ch, vs, dM, dM_second, dz, dz_second, d_mean, tl.sum(d_weight, 0), D, V, TWO)
 
 
 @triton.jit(do_not_specialize=["N", "splits", "scale"])
 def gather_back_kernel(
     k, v, queries, found, logits, factors, seen, cos, sin, cu, record, grads, dk, dv, d_query, d_logits, d_factors,
-    sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, sl_b, sl_n, sl_h, sf_b, sf_n, sf_h, ss_b, ss_n, sr_b, N, splits, scale,
+    sk_b, sk_h, sv_b, sv_h, sl_b, sl_n, sl_h, sf_b, sf_n, sf_h, ss_b, ss_n, sr_b, N, splits, scale,
+    sk_n: tl.constexpr, sv_n: tl.constexpr,
     H: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GG: tl.constexpr, GL: tl.constexpr, GF: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, QUERY: tl.constexpr, LOGITS: tl.constexpr, FACTORS: tl.constexpr,
@@ -180,32 +187,33 @@ def gather_back_kernel(
     dz, dz_second = load_vector(grads + F * V, ch, D, TWO)
     d_total = tl.load(grads + F * V + F + vs, mask=vs < V, other=0.0)
     d_weight = tl.load(grads + F * V + F + V)
-    dg, dg_second = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    dg, dg_second = tl.zeros([C // 2, BD], tl.float32), tl.zeros([C // 2, BD] if TWO else [1, 1], tl.float32)
+    rows = tl.arange(0, C)
     HIDDEN: tl.constexpr = MASK or LOGITS or FACTORS  # whether tokens without weight may hold anything
     start, stop = run_of(i_s, splits, n, C)
     for i in range(start, stop):
-        rows = (i * C + tl.arange(0, C)).to(tl.int64)
-        keep = rows < n
-        x = load_tile(k, sk_n, rows, n, ch, D, BD).to(tl.float32)
-        tv = load_tile(v, sv_n, rows, n, vs, V, BV)
+        at, left = offset(i, C), n - i * C
+        keep = rows < left
+        x = load_tile(k + at * sk_n, sk_n, rows, left, ch, D, BD).to(tl.float32)
+        tv = load_tile(v + at * sv_n, sv_n, rows, left, vs, V, BV)
         if MASK:
-            keep = keep & (tl.load(seen + rows * ss_n, mask=keep, other=0) != 0)
+            keep = keep & (tl.load(seen + at * ss_n + rows * ss_n, mask=keep, other=0) != 0)
             tv = tl.where(keep[:, None], tv, 0.0)
         phi = feature(x, MAP)
         own = pick(x, query[None, :], query_second[None, :], TWO)
-        w, logit = weigh(phi, own, logits, factors, sl_n, sf_n, rows, keep, scale, False, LOGITS, FACTORS)
+        w, logit = weigh(phi, own, logits + at * sl_n, factors + at * sf_n, sl_n, sf_n, rows, keep, scale, False, LOGITS, FACTORS)
         if QUERY:
-            logit = tl.load(found + (here + rows * H), mask=keep, other=float("-inf"))
+            logit = tl.load(found + (here + at * H) + rows * H, mask=keep, other=float("-inf"))
         grown = tl.exp2((logit - shift) * LOG2E) if QUERY or LOGITS else keep.to(tl.float32)
         w *= grown
-        c, s = angles(cos, sin, rows, n, D, BD) if TURN else (w, w)
+        c, s = angles(cos + at * (D // 2), sin + at * (D // 2), rows, left, D, BD) if TURN else (w, w)
         out = product(turn(copy(x, phi, False, TWO), c, s, TURN).to(MT), dM, rest, SPLIT, IP)
         if TWO:
             out += product(turn(copy(x, phi, True, TWO), c, s, TURN).to(MT), dM_second, rest_second, SPLIT, IP)
         if TOTAL:
             out += d_total[None, :]
         out *= w[:, None]
-        store_tile(dv, H * V, rows, n, vs, V, BV, tl.where(w[:, None] != 0, out, 0.0) if HIDDEN else out)
+        store_tile(dv + at * (H * V), H * V, rows, left, vs, V, BV, tl.where(w[:, None] != 0, out, 0.0) if HIDDEN else out)
         if MASK:  # only now: before 3.8 Triton lays out operands wrong that are turned, of 16 channels and made with loaded bytes
             x = tl.where(keep[:, None], x, 0.0)
             phi = tl.where(keep[:, None], phi, 0.0)
@@ -221,17 +229,17 @@ def gather_back_kernel(
         if QUERY:
             d_score = scale * w * inner
             d_phi += d_score[:, None] * own
-            dg += tl.sum(d_score[:, None] * copy(x, phi, False, TWO), 0)
+            dg += pairs_of_rows(d_score[:, None] * copy(x, phi, False, TWO))
             if TWO:
-                dg_second += tl.sum(d_score[:, None] * copy(x, phi, True, TWO), 0)
+                dg_second += pairs_of_rows(d_score[:, None] * copy(x, phi, True, TWO))
         if LOGITS:
-            tl.store(d_logits + (here + rows * H), w * inner, mask=rows < n)
+            tl.store(d_logits + (here + at * H) + rows * H, w * inner, mask=rows < left)
         if FACTORS:
-            tl.store(d_factors + (here + rows * H), grown * inner, mask=rows < n)
+            tl.store(d_factors + (here + at * H) + rows * H, grown * inner, mask=rows < left)
         dx = feature_back(x, phi, d_phi, MAP)
-        store_tile(dk, H * D, rows, n, ch, D, BD, tl.where((w != 0)[:, None], dx, 0.0) if HIDDEN else dx)
+        store_tile(dk + at * (H * D), H * D, rows, left, ch, D, BD, tl.where((w != 0)[:, None], dx, 0.0) if HIDDEN else dx)
     if QUERY:
         d_query += program.to(tl.int64) * F
-        tl.store(d_query + ch, dg, mask=ch < D)
+        tl.store(d_query + ch, tl.sum(dg, 0), mask=ch < D)
         if TWO:
-            tl.store(d_query + D + ch, dg_second, mask=ch < D)
+            tl.store(d_query + D + ch, tl.sum(dg_second, 0), mask=ch < D)

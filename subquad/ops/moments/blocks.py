@@ -148,6 +148,19 @@ def run_of(i_s, splits, n, C: tl.constexpr):
 
 
 @triton.jit
+def offset(i, C: tl.constexpr):
+    """The first token of tile i: what a tile adds to it is then the same for all, and its addresses are made once."""
+    return i * tl.full([], C, tl.int64)
+
+
+@triton.jit
+def pairs_of_rows(x):
+    """x ``[C, B]`` with rows i and i + 8 of each 16 added, which one thread has of a product: ``[C / 2, B]``, to sum once in the end."""
+    y = tl.sum(tl.reshape(x, [x.shape[0] // 16, 2, 8, x.shape[1]]), 1)
+    return tl.reshape(y, [x.shape[0] // 2, x.shape[1]])
+
+
+@triton.jit
 def add_parts(base, parts, stride, at, keep):
     """Σ over `parts` of what stands at base + i·stride + at."""
     total = tl.zeros(at.shape, tl.float32)

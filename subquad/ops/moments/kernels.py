@@ -28,6 +28,7 @@ from subquad.ops.moments.blocks import (
     load_matrix,
     load_vector,
     normal,
+    offset,
     pick,
     product,
     read_record,
@@ -41,8 +42,8 @@ from subquad.ops.triton_blocks import LOG2E, load_tile, sequence, store_tile
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def mean_kernel(
-    q, sums, cu, sq_b, sq_n, sq_h, N, splits,
-    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr,
+    q, sums, cu, sq_b, sq_h, N, splits,
+    sq_n: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr,
     TWO: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Means over a run's tokens of φ(q) ``[B, N, H, D]``, as shares of the row's: sums ``[rows, H, splits, F]``."""
@@ -52,14 +53,15 @@ def mean_kernel(
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
     ch = channels(D, BD, HALVES)
     q += i_b * sq_b + begin * sq_n + i_h.to(tl.int64) * sq_h
+    rows = tl.arange(0, C)
     total = tl.zeros([C, BD], tl.float32)
     if TWO:
         second = tl.zeros([C, BD], tl.float32)
     start, stop = run_of(i_s, splits, n, C)
     for i in range(start, stop):
-        rows = i * C + tl.arange(0, C)
-        x = load_tile(q, sq_n, rows.to(tl.int64), n, ch, D, BD).to(tl.float32)
-        phi = tl.where((rows < n)[:, None], feature(x, MAP), 0.0)
+        at, left = offset(i, C), n - i * C
+        x = load_tile(q + at * sq_n, sq_n, rows, left, ch, D, BD).to(tl.float32)
+        phi = tl.where((rows < left)[:, None], feature(x, MAP), 0.0)
         total += copy(x, phi, False, TWO)
         if TWO:
             second += copy(x, phi, True, TWO)
@@ -72,7 +74,8 @@ def mean_kernel(
 @triton.jit(do_not_specialize=["N", "splits", "scale"])
 def gather_kernel(
     k, v, queries, logits, factors, seen, cos, sin, cu, record, found,
-    sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, sl_b, sl_n, sl_h, sf_b, sf_n, sf_h, ss_b, ss_n, sr_b, N, splits, scale,
+    sk_b, sk_h, sv_b, sv_h, sl_b, sl_n, sl_h, sf_b, sf_n, sf_h, ss_b, ss_n, sr_b, N, splits, scale,
+    sk_n: tl.constexpr, sv_n: tl.constexpr,
     H: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GG: tl.constexpr, GL: tl.constexpr, GF: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, QUERY: tl.constexpr, LOGITS: tl.constexpr, FACTORS: tl.constexpr,
@@ -101,12 +104,14 @@ def gather_kernel(
     logits += i_b * sl_b + begin * sl_n + i_h // GL * sl_h
     factors += i_b * sf_b + begin * sf_n + i_h // GF * sf_h
     seen += i_b * ss_b + begin * ss_n
+    found += (i_b * N + begin) * H + i_h
     cos += i_b * sr_b + begin * (D // 2)
     sin += i_b * sr_b + begin * (D // 2)
     query, query_second = ch.to(tl.float32), ch.to(tl.float32)
     if QUERY:
         query, query_second = load_vector(queries + (i_q * (H // GG) + i_h // GG) * F, ch, D, TWO)
 
+    rows = tl.arange(0, C)
     M, second = tl.zeros([BD, BV], tl.float32), tl.zeros([BD, BV] if TWO else [1, 1], tl.float32)
     z, z_second = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
     total = tl.zeros([BV], tl.float32)
@@ -114,19 +119,19 @@ def gather_kernel(
     top = float("-inf")
     start, stop = run_of(i_s, splits, n, C)
     for i in range(start, stop):
-        rows = (i * C + tl.arange(0, C)).to(tl.int64)
-        keep = rows < n
-        x = load_tile(k, sk_n, rows, n, ch, D, BD).to(tl.float32)
-        tv = load_tile(v, sv_n, rows, n, vs, V, BV)
+        at, left = offset(i, C), n - i * C
+        keep = rows < left
+        x = load_tile(k + at * sk_n, sk_n, rows, left, ch, D, BD).to(tl.float32)
+        tv = load_tile(v + at * sv_n, sv_n, rows, left, vs, V, BV)
         if MASK:
-            keep = keep & (tl.load(seen + rows * ss_n, mask=keep, other=0) != 0)
+            keep = keep & (tl.load(seen + at * ss_n + rows * ss_n, mask=keep, other=0) != 0)
             x = tl.where(keep[:, None], x, 0.0)
             tv = tl.where(keep[:, None], tv, 0.0)
         phi = feature(x, MAP)
         own = pick(x, query[None, :], query_second[None, :], TWO)
-        w, logit = weigh(phi, own, logits, factors, sl_n, sf_n, rows, keep, scale, QUERY, LOGITS, FACTORS)
+        w, logit = weigh(phi, own, logits + at * sl_n, factors + at * sf_n, sl_n, sf_n, rows, keep, scale, QUERY, LOGITS, FACTORS)
         if QUERY:
-            tl.store(found + ((i_b * N + begin + rows) * H + i_h), logit, mask=rows < n)
+            tl.store(found + at * H + rows * H, logit, mask=rows < left)
         if QUERY or LOGITS:
             higher = tl.maximum(top, tl.max(logit, 0))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -142,7 +147,7 @@ def gather_kernel(
         if TOTAL:
             total += tl.sum(w[:, None] * tv.to(tl.float32), 0)
         phi *= w[:, None]
-        c, s = angles(cos, sin, rows, n, D, BD) if TURN else (w, w)
+        c, s = angles(cos + at * (D // 2), sin + at * (D // 2), rows, left, D, BD) if TURN else (w, w)
         part = copy(x, phi, False, TWO)
         z += tl.sum(part, 0)
         M = tl.dot(tl.trans(turn(part, c, s, TURN).to(MT)), tv.to(MT), M, input_precision=IP)
@@ -190,8 +195,8 @@ def combine_kernel(parts, record, given, splits, L: tl.constexpr, END: tl.conste
 
 @triton.jit(do_not_specialize=["N", "splits", "scale", "eps"])
 def apply_kernel(
-    q, record, cos, sin, cu, o, sq_b, sq_n, sq_h, sr_b, N, splits, scale, eps,
-    H: tl.constexpr, GQ: tl.constexpr, GM: tl.constexpr,
+    q, record, cos, sin, cu, o, sq_b, sq_h, sr_b, N, splits, scale, eps,
+    sq_n: tl.constexpr, H: tl.constexpr, GQ: tl.constexpr, GM: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, NORMAL: tl.constexpr, MEAN: tl.constexpr, SPLIT: tl.constexpr,
     PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
@@ -216,18 +221,19 @@ def apply_kernel(
     read, rest = in_parts(load_matrix(record, ch, vs, D, V, False) * by, MT, SPLIT)
     if TWO:
         read_second, rest_second = in_parts(load_matrix(record, ch, vs, D, V, True) * by, MT, SPLIT)
+    rows = tl.arange(0, C)
     start, stop = run_of(i_s, splits, n, C)
     for i in range(start, stop):
-        rows = (i * C + tl.arange(0, C)).to(tl.int64)
-        x = load_tile(q, sq_n, rows, n, ch, D, BD).to(tl.float32)
+        at, left = offset(i, C), n - i * C
+        x = load_tile(q + at * sq_n, sq_n, rows, left, ch, D, BD).to(tl.float32)
         phi = feature(x, MAP)
         t = tl.sum(phi * pick(x, z[None, :], z_second[None, :], TWO), 1)
-        c, s = angles(cos, sin, rows, n, D, BD) if TURN else (t, t)
+        c, s = angles(cos + at * (D // 2), sin + at * (D // 2), rows, left, D, BD) if TURN else (t, t)
         alpha, beta = normal(t, scale, eps, NORMAL)
         out = product(turn(copy(x, phi, False, TWO), c, s, TURN).to(MT), read, rest, SPLIT, IP)
         if TWO:
             out += product(turn(copy(x, phi, True, TWO), c, s, TURN).to(MT), read_second, rest_second, SPLIT, IP)
-        out *= tl.where(rows < live, alpha, 1.0)[:, None]
+        out *= tl.where(rows < live - i * C, alpha, 1.0)[:, None]
         if NORMAL >= MAGNITUDE:
             out += beta[:, None] * mean[None, :]
-        store_tile(o, H * V, rows, n, vs, V, BV, out)
+        store_tile(o + at * (H * V), H * V, rows, left, vs, V, BV, out)

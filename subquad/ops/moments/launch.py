@@ -10,10 +10,10 @@ from torch import Tensor
 
 from subquad.ops.common import cdiv, padded
 from subquad.ops.launch import INTERPRETED, bits_of, processors, remembered
-from subquad.ops.launcher import Grid, Launcher, launcher
+from subquad.ops.launcher import Grid, Launcher, launcher, token_step
 from subquad.ops.moments import backward, blocks, kernels
 from subquad.ops.moments.moments import KERNEL_MAPS, TWO_SIGNS
-from subquad.ops.moments.rows import row
+from subquad.ops.moments.rows import row, runs
 
 MAPS = {name: getattr(blocks, name.upper()).value for name in KERNEL_MAPS}
 NORMALS = {name: getattr(blocks, name.upper()).value for name in ("divide", "floored", "magnitude", "subtract", "none")}
@@ -150,14 +150,22 @@ class Plan:
         """`plain` is what follows the tokens and runs among the kernel's plain numbers."""
         way = "signs" if self.same["TWO"] else "turned" if constants.get("TURN") else "none"
         tile = row(name, way, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype))
-        programs = (4 if tile.warps <= 4 else 2) * processors(self.device)
-        runs = max(1, min(programs // max(1, self.rows * heads), cdiv(self.row_tokens, 2 * tile.columns)))
+        each = max(1, self.rows * heads)
+        count = max(1, min(runs(name, each, processors(self.device)), cdiv(self.row_tokens, 2 * tile.columns)))
         run = launcher(kernel, C=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **constants)
-        return Launch(run, (self.rows * heads * runs, 1, 1), strides, (tokens, runs, *plain), runs)
+        return Launch(run, (self.rows * heads * count, 1, 1), strides, (tokens, count, *plain), count)
 
     def _strides(self, name: str, dims: int = 3) -> tuple[int, ...]:
         kind = self.kinds[name]
         return (0,) * dims if kind is None else kind[1][:dims]
+
+    def _across(self, *names: str) -> tuple[int, ...]:
+        """From one batch row to the next, and from one head to the next; `_steps` has those between tokens, which are compiled in."""
+        return tuple(stride for name in names for stride in self._strides(name)[::2])
+
+    def _steps(self, *names: str) -> dict[str, int]:
+        kinds = {name: self.kinds[name] for name in names}
+        return {f"s{name[0]}_n": 0 if kind is None else token_step(*kind[:2]) for name, kind in kinds.items()}
 
     def _row_stride(self, name: str) -> tuple[int, ...]:
         """From one batch row's angles to the next's; 0 where all rows share them."""
@@ -166,8 +174,8 @@ class Plan:
 
     @cached_property
     def mean_launch(self) -> Launch:
-        constants = {"H": self.q_heads, "MAP": MAPS[self.how.q_map], **self.same}
-        return self._launch(kernels.mean_kernel, "mean", self.q_heads, constants, self._strides("q"), self.q_tokens)
+        constants = {"H": self.q_heads, "MAP": MAPS[self.how.q_map], **self._steps("q"), **self.same}
+        return self._launch(kernels.mean_kernel, "mean", self.q_heads, constants, self._across("q"), self.q_tokens)
 
     def _key_launch(self, kernel: Any, name: str, **more: bool) -> Launch:
         kinds, heads = self.kinds, self.key_heads
@@ -181,10 +189,11 @@ class Plan:
             "H": heads, "GK": group("k"), "GV": group("v"), "GL": group("logits"), "GF": group("factors"),
             "GG": heads // self.q_heads if self.how.averaged else group("query", 1),
             "MAP": MAPS[self.how.k_map], "TURN": kinds["k_cos"] is not None, "QUERY": query, "LOGITS": kinds["logits"] is not None,
-            "FACTORS": kinds["factors"] is not None, "MASK": kinds["seen"] is not None, **self.total, **self.both, **more,
+            "FACTORS": kinds["factors"] is not None, "MASK": kinds["seen"] is not None, **self._steps("k", "v"), **self.total, **self.both,
+            **more,
         }  # fmt: skip
         strides = (
-            *self._strides("k"), *self._strides("v"), *self._strides("logits"), *self._strides("factors"), *self._strides("seen", 2),
+            *self._across("k", "v"), *self._strides("logits"), *self._strides("factors"), *self._strides("seen", 2),
             *self._row_stride("k_cos"),
         )  # fmt: skip
         return self._launch(kernel, name, heads, constants, strides, self.tokens, self.how.logit_scale)
@@ -201,24 +210,24 @@ class Plan:
         return {
             "H": self.heads, "GQ": self.heads // self.q_heads, "GM": self.heads // self.key_heads, "MAP": MAPS[self.how.q_map],
             "TURN": self.kinds["q_cos"] is not None, "NORMAL": NORMALS[self.how.normalizer], "MEAN": self.how.mean,
-            **self.split, **self.both,
+            **self._steps("q"), **self.split, **self.both,
         }  # fmt: skip
 
     @cached_property
     def apply_launch(self) -> Launch:
-        strides = (*self._strides("q"), *self._row_stride("q_cos"))
+        strides = (*self._across("q"), *self._row_stride("q_cos"))
         told = (self.how.scale, self.how.eps)
         return self._launch(kernels.apply_kernel, "apply", self.heads, self._query_constants(), strides, self.q_tokens, *told)
 
     @cached_property
     def apply_back_launches(self) -> dict[tuple[bool, bool, bool], Launch]:
         """By whether they add up the record's gradient, write q's, and do so in two passes."""
-        strides = (*self._strides("q"), *self._strides("do"), *self._row_stride("q_cos"))
+        strides = (*self._across("q", "do"), *self._row_stride("q_cos"))
         found = {}
         for sums, out, twice in ((True, True, False), (True, False, False), (True, False, True), (False, True, True), (False, True, False)):
-            constants = {**self._query_constants(), "SUMS": sums, "OUT": out, "TWICE": twice}
+            constants = {**self._query_constants(), **self._steps("do"), "SUMS": sums, "OUT": out, "TWICE": twice}
             told = (self.gather_back_launch.runs if twice and self.kinds["k"] is not None else 1, self.how.scale, self.how.eps)
-            name = "apply_back" if sums else "apply_back_out"
+            name = "apply_back_both" if sums and out else "apply_back" if sums else "apply_back_out"
             kernel = backward.apply_back_kernel
             found[sums, out, twice] = self._launch(kernel, name, self.heads, constants, strides, self.q_tokens, *told)
         return found
@@ -232,9 +241,11 @@ class Plan:
         return self.combine_launch(self.gather_launch.runs, False)
 
     @cached_property
-    def grad_combine(self) -> Launch:
+    def grad_combines(self) -> dict[int, Launch]:
+        """By how many runs each query head was cut into."""
         group = self.heads // self.key_heads
-        return self.combine_launch(self.apply_back_launches[True, False, False].runs * group, True)
+        counts = {launch.runs for launch in self.apply_back_launches.values()}
+        return {count: self.combine_launch(count * group, True) for count in counts}
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
@@ -285,7 +296,7 @@ class Plan:
         if parts is None:
             return dq, None
         grads = self.empty(self.rows, self.key_heads, self.size.L)
-        self.grad_combine(parts, grads, record)
+        self.grad_combines[launch.runs](parts, grads, record)
         return dq, grads
 
     def gather_back(

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
 from subquad.convert.finetune import finetune
-from subquad.convert.graphs import WARM, Captured, Graphed, plain
+from subquad.convert.graphs import WARM, Graphed, plain
 from subquad.convert.swap import swapped
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

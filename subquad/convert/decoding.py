@@ -1,0 +1,179 @@
+"""Decoded tokens as CUDA graphs. States of fixed size let one graph serve every further token of a cache: it reads and writes them where
+they are, and the host asks for one thing where it asked for thousands of short kernels."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from subquad.convert.cache import CACHE, StateLayer, SubquadCache
+from subquad.convert.graphs import SWITCH, WARM, NotCaptured, capture
+from subquad.convert.module import SwappedAttention
+from subquad.state import State
+
+DEVICE = "cuda"
+Forward = Callable[..., Any]  # the inner model's own, without what the swapped one does before it
+
+
+def decoded(model: Any, forward: Forward, ids: Tensor, positions: Tensor | None, cache: SubquadCache, options: Mapping[str, Any]) -> Any:
+    """What `forward` gives for one more token of each row of `cache`, from the fourth such token on by a graph; None where there is none.
+
+    A graph belongs to a cache and goes with it. It needs states of fixed size in every layer, a CUDA device, and no gradients; where a
+    model with all of these cannot be captured, a warning says why. While a graph serves a cache, its `State`s are written in place.
+
+    Args:
+        ids: ``[B, 1]``, real tokens in every row.
+        positions: their position ids ``[B, 1]``; by default that of the next column.
+        options: the other arguments of this call; any that is set lets it run as it is.
+    """
+    plain = all(value is None or value is False for key, value in options.items() if key not in ("cache_position", "use_cache"))
+    if ids.device.type != DEVICE or not plain or not _may_capture(ids.device):
+        return None
+    return _steps.setdefault(cache, Steps())(model, forward, ids, positions, cache)
+
+
+def _may_capture(device: torch.device) -> bool:
+    return not (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled(device.type)  # its copies of weights are made and dropped outside the graph
+        or torch.compiler.is_compiling()
+        or torch.cuda.is_current_stream_capturing()
+        or os.environ.get(SWITCH, "auto") == "off"
+    )
+
+
+@dataclass
+class Captured:
+    """A graph, the tensors that its replays read and write, and the weights that it reads."""
+
+    graph: Any
+    ids: Tensor
+    positions: Tensor
+    hidden: Tensor
+    states: list[State]
+    weights: list[tuple[Tensor, int]]
+    hooks: list[Mapping[int, Any]]
+    count: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether the weights are where they were, and nobody has come who watches modules."""
+        return all(x.data_ptr() == at for x, at in self.weights) and sum(map(len, self.hooks)) == self.count
+
+    def goes_on(self, layers: list[StateLayer]) -> bool:
+        """Whether the cache is as the last replay left it."""
+        return self.holds and all(layer.state is place and not layer.record_past for layer, place in zip(layers, self.states))
+
+    def __call__(self, ids: Tensor, positions: Tensor, layers: list[StateLayer]) -> Tensor:
+        """The hidden states of one more token of each row; the layers are then one column further."""
+        for layer, place in zip(layers, self.states):
+            if layer.state is not place:  # the first time, and where rows were reordered or another pass came between
+                place.assign(_there(layer))
+            layer.state, layer.columns = place, layer.columns + 1
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.hidden.clone()
+
+
+class Steps:
+    """The single tokens of one cache."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.forms: list[Any] = []
+        self.seen = 0
+        self.able = True
+        self.output: Any = None  # the class of what the model returns
+        self.captured: Captured | None = None
+
+    def __call__(self, model: Any, forward: Forward, ids: Tensor, positions: Tensor | None, cache: SubquadCache) -> Any:
+        layers = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
+        key: Any = (id(model), ids.shape, ids.device, torch.is_inference_mode_enabled())
+        if self.captured is None or key != self.key or not self.captured.goes_on(layers):
+            forms = [_form(layer) for layer in layers]
+            if key != self.key or forms != self.forms or (self.captured is not None and not self.captured.holds):
+                self.key, self.forms, self.seen, self.captured = key, forms, 0, None
+        if not self.able or len(layers) < len(cache.layers) or None in self.forms:
+            return None
+        if positions is None:
+            positions = ids.new_full(ids.shape, cache.get_seq_length())
+        positions = positions.expand(ids.shape)
+        if self.captured is None:
+            self.seen += 1
+            if self.seen <= WARM:
+                return self._as_it_is(forward, ids, positions)
+            self.captured = self._capture(model, forward, ids, positions, layers)
+            if self.captured is None:
+                return None
+        return self.output(last_hidden_state=self.captured(ids, positions, layers), **{CACHE: cache})
+
+    def _as_it_is(self, forward: Forward, ids: Tensor, positions: Tensor) -> Any:
+        out = forward(input_ids=ids, position_ids=positions)
+        self.output = type(out)
+        self.able = isinstance(out, Mapping) and set(out) == {"last_hidden_state", CACHE}  # nothing else was asked for
+        return out
+
+    def _capture(self, model: nn.Module, forward: Forward, ids: Tensor, positions: Tensor, layers: list[StateLayer]) -> Captured | None:
+        self.able = _fixed(model)
+        if not self.able:
+            return None
+        ids, positions = ids.clone(), positions.clone()
+        states = [_there(layer).map(Tensor.clone) for layer in layers]
+
+        def run() -> Tensor:
+            """The pass, whose layers write their next states where their last ones were; the cache knows nothing of it."""
+            before = [(layer.state, layer.columns) for layer in layers]
+            try:
+                for layer, place in zip(layers, states):
+                    layer.state = layer.place = place
+                hidden: Tensor = forward(input_ids=ids, position_ids=positions).last_hidden_state
+            finally:
+                for layer, (state, columns) in zip(layers, before):
+                    layer.state, layer.columns, layer.place = state, columns, None
+            return hidden
+
+        try:
+            graph, hidden = capture(ids.device, run)
+        except NotCaptured as error:
+            self.able = False
+            warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=5)
+            return None
+        weights = [(x, x.data_ptr()) for x in (*model.parameters(), *model.buffers())]
+        hooks = _hooks(model)
+        return Captured(graph, ids, positions, hidden, states, weights, hooks, sum(map(len, hooks)))
+
+
+_steps: WeakKeyDictionary[SubquadCache, Steps] = WeakKeyDictionary()
+
+
+def _form(layer: StateLayer) -> Any:
+    """What a layer's state has to be like for a graph to serve it; None where there is none to write into, or a record is kept of it."""
+    state = layer.state
+    if state is None or not state.tensors or layer.record_past or state.recording:
+        return None
+    return tuple((name, x.shape, x.dtype, x.device) for name, x in state.tensors.items())
+
+
+def _fixed(model: nn.Module) -> bool:
+    """Whether all layers keep states of fixed size, and nobody moves weights or watches modules."""
+    layers = [module for module in model.modules() if isinstance(module, SwappedAttention)]
+    moved = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate's, that fetch weights
+    watched = any(getattr(hook, "__name__", "") != "output_capturing_hook" for hooks in _hooks(model) for hook in hooks.values())
+    return all(module.mechanism.card.recurrent for module in layers) and not moved and not watched
+
+
+def _there(layer: StateLayer) -> State:
+    assert layer.state is not None, "a layer without a state has no form"
+    return layer.state
+
+
+def _hooks(model: nn.Module) -> list[Mapping[int, Any]]:
+    return [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]

@@ -149,20 +149,34 @@ def _in_groups(
 ) -> DistillResult:  # fmt: skip
     from subquad.convert.blockwise import distill_in_groups
 
+    folder = check_groups(teacher, group, out)
+    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return distill_in_groups(student, teacher, feed, pupils, group, device=where, out=folder, settings=settings, **options)
+
+
+def check_groups(teacher: nn.Module, group: int, out: str | Path | None) -> Path:
+    """The folder for the hidden states between groups; a model that cannot be taught in groups is refused."""
+    from subquad.convert.blockwise import body_of
+
     check_counts(group=group)
     if out is None:
         raise InputError("out", None, "a folder for the hidden states between groups")
-    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    return distill_in_groups(student, teacher, feed, pupils, group, device=where, out=Path(out), settings=settings, **options)
+    body_of(teacher)
+    return Path(out)
 
 
-def check_objective(objective: Objective, pupils: Pupils) -> None:
-    """Refuse an unknown objective, and one that one of the layers cannot be taught by."""
+def check_objective(objective: Objective, pupils: Pupils, *, spare: int = 0) -> None:
+    """Refuse an unknown objective, and one that more than `spare` of the layers, which need not be swapped, cannot be taught by."""
     if objective not in ("output", "weights"):
         raise InputError("objective", repr(objective), "'output' or 'weights'")
-    if objective == "weights":
-        for pupil in pupils.values():
+    refusals = []
+    for pupil in pupils.values() if objective == "weights" else ():
+        try:
             check_pupil(pupil)
+        except InputError as error:
+            refusals.append(error)
+    if len(refusals) > spare:
+        raise refusals[0]
 
 
 def _pupils(student: nn.Module) -> Pupils:

@@ -76,7 +76,8 @@ class Conversation:
     def say(self, text: str) -> Iterator[str]:
         """The reply, piece by piece. It is kept as far as it was taken: a reader may stop at any piece."""
         self.messages.append({"role": "user", "content": text})
-        self.pending += self._encode(self._unread(text))
+        unread = self._unread(text)  # which may empty what is pending
+        self.pending += self._encode(unread)
         reply, shown = [], ""
         try:
             for _ in range(self.most):

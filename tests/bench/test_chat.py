@@ -105,6 +105,17 @@ def test_a_reply_that_is_broken_off_between_two_layers_says_the_same_afterwards(
     assert broken.read == whole.read
 
 
+def test_a_template_that_changes_what_was_said_is_read_anew_whole(llama, templated):
+    """A reply that was cut off leaves a token that is not read yet: it is in the new text, once."""
+    templated.chat_template = "{{ messages|length }}" + TEMPLATE
+    talk = Conversation(llama, templated, temperature=0, most=3)
+    list(talk.say("Call me"))
+    said = talk.messages[-1]["content"]
+    list(talk.say("again"))
+    ids = templated(f"3<user>Call me<eos><assistant>{said}<eos><user>again<eos><assistant>")["input_ids"]
+    assert talk.read[: len(ids)] == ids and talk.tokens == len(ids) + 2
+
+
 def test_sampling_keeps_to_the_likeliest_and_to_the_seed(llama, tokenizer):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     talk = Conversation(llama, tokenizer, temperature=1, top_p=0.7)

@@ -126,7 +126,8 @@ class JobRun:
                 body_of(self.model)
             self.swap(one.choice, layers)
             if one.transfer is not None:
-                check_objective(one.transfer.get("objective", "output"), learning(self.model), spare=keep or 0)
+                objective, length = one.transfer.get("objective", "output"), one.transfer.get("length", LENGTH)
+                check_objective(objective, learning(self.model), length, spare=keep or 0)
             self.restore()
             if one.finetune is not None:
                 projections(self.model, _targets(one))

@@ -91,7 +91,8 @@ def distill(
             token ids ``[B, N]``; it begins again when it ends.
         steps: batches to learn from.
         objective: "output", the loss above; or "weights", Hedgehog's: cross-entropy between the weights of softmax and of the
-            mechanism over the student's own queries and keys (hedgehog, lolcats), quadratic in time and linear in memory.
+            mechanism over the student's own queries and keys (hedgehog, lolcats), quadratic in time and linear in memory. It
+            takes no original with a window, unless data are token ids and `length` is at most the window.
         lr: the largest learning rate of AdamW: it rises over the first steps and falls to zero along a line. (The paper's
             1e-2, kept up for two epochs, learns more slowly in runs of up to 100 steps.)
         batch, length: of the batches cut from token ids.
@@ -115,8 +116,8 @@ def distill(
     pupils = _pupils(student)
     if teacher is not student:
         check_unswapped(teacher, "teacher")
-    check_objective(objective, pupils)
     feed = Feed(data, steps, batch, length, seed, teacher)
+    check_objective(objective, pupils, feed.length)
     settings = {"layers": described(pupils), "steps": steps, "lr": lr, "seed": seed, **feed.settings, "teacher": fingerprint(teacher)}
     settings["objective"] = objective
     if group is not None:
@@ -165,14 +166,18 @@ def check_groups(teacher: nn.Module, group: int, out: str | Path | None) -> Path
     return Path(out)
 
 
-def check_objective(objective: Objective, pupils: Pupils, *, spare: int = 0) -> None:
-    """Refuse an unknown objective, and one that more than `spare` of the layers, which need not be swapped, cannot be taught by."""
+def check_objective(objective: Objective, pupils: Pupils, length: int | None = None, *, spare: int = 0) -> None:
+    """Refuse an unknown objective, and one that more than `spare` of the layers, which need not be swapped, cannot be taught by.
+
+    Args:
+        length: of the sequences to learn from, if it is known.
+    """
     if objective not in ("output", "weights"):
         raise InputError("objective", repr(objective), "'output' or 'weights'")
     refusals = []
     for pupil in pupils.values() if objective == "weights" else ():
         try:
-            check_pupil(pupil)
+            check_pupil(pupil, length)
         except InputError as error:
             refusals.append(error)
     if len(refusals) > spare:

@@ -34,6 +34,11 @@ class Feed:
         self.taken = 0  # batches that the iterator has given
         self.settings = self._settings()
 
+    @property
+    def length(self) -> int | None:
+        """Tokens of every sequence; None where the batches are the caller's own."""
+        return self.data.length if isinstance(self.data, Batches) else None
+
     def _settings(self) -> dict[str, Any]:
         data = self.data
         if isinstance(data, Batches):

@@ -319,15 +319,16 @@ def _check_measurable(model: Any, data: Any, chosen: Recipe, keep: int, out: str
     """Refuse, before layers are measured, what the swap or a stage would refuse whichever layers are chosen."""
     check_unswapped(model)
     check_keep(model, keep)
+    lengths = {}
     for name, stage in chosen.stages.items():
         given = {**_defaults(name), **stage}
-        Feed(data, given["steps"], given["batch"], given["length"], seed, model)
+        lengths[name] = Feed(data, given["steps"], given["batch"], given["length"], seed, model).length
     with seeded(seed, -2):
         swap(model, chosen.mechanism, **chosen.options)
     try:
         pupils = learning(model)
         if chosen.transfer is not None and pupils:
-            check_objective(chosen.transfer.get("objective", "output"), pupils, spare=keep)
+            check_objective(chosen.transfer.get("objective", "output"), pupils, lengths["transfer"], spare=keep)
     finally:
         restore(model)
     if chosen.transfer is not None and pupils and chosen.transfer.get("group") is not None:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from subquad.checks import InputError
+
 
 def chat(
     model: Annotated[str, typer.Argument(help="A folder that was saved (a converted model's too), smollm2-135m, or a hub id.")],
@@ -74,6 +76,11 @@ def _reply(talk, text: str) -> None:  # type: ignore[no-untyped-def]
             typer.echo(piece, nl=False)
     except KeyboardInterrupt:
         pieces.close()
+    except InputError as error:
+        if not talk.tokens:  # a tokenizer that is not the model's fails at the first text already
+            raise
+        typer.echo(str(error), err=True)
+        return
     seconds = time.perf_counter() - began
     typer.echo("")
     read = max(talk.tokens - before, 0)  # less than before where a reply was broken off

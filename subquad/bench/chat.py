@@ -15,6 +15,7 @@ import torch
 from subquad.bench.quality import device_of
 from subquad.bench.speed import cache_bytes, cached
 from subquad.checks import InputError
+from subquad.convert.feed import check_written
 
 
 class Conversation:
@@ -74,9 +75,20 @@ class Conversation:
         return bool(self.tokenizer.chat_template)
 
     def say(self, text: str) -> Iterator[str]:
-        """The reply, piece by piece. It is kept as far as it was taken: a reader may stop at any piece."""
+        """The reply, piece by piece. It is kept as far as it was taken: a reader may stop at any piece.
+
+        Raises:
+            InputError: a text with tokens that the model has no embedding for; it is not kept.
+        """
+        before = self.told, self.pending, self.held, self.read
         self.messages.append({"role": "user", "content": text})
-        self.pending += self._encode(self._unread(text))
+        try:
+            unread = self._encode(self._unread(text))
+        except InputError:
+            self.told, self.pending, self.held, self.read = before
+            self.messages.pop()
+            raise
+        self.pending += unread  # perhaps another list than before: all is read anew where a template changes what was said
         reply, shown = [], ""
         try:
             for _ in range(self.most):
@@ -106,7 +118,9 @@ class Conversation:
 
     def _encode(self, text: str) -> list[int]:
         first = not self.held and not self.pending and not self.templated  # templates write the first token themselves
-        return self.tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"]
+        check_written(self.tokenizer, ids, self.model)
+        return ids
 
     @torch.no_grad()
     def _next(self) -> int:

@@ -125,8 +125,9 @@ class JobRun:
             if one.grouped:
                 body_of(self.model)
             self.swap(one.choice, layers)
-            if one.transfer is not None and keep is None:  # which layers are swapped is not known before they are measured
-                check_objective(one.transfer.get("objective", "output"), learning(self.model))
+            if one.transfer is not None:
+                objective, length = one.transfer.get("objective", "output"), one.transfer.get("length", LENGTH)
+                check_objective(objective, learning(self.model), length, spare=keep or 0)
             self.restore()
             if one.finetune is not None:
                 projections(self.model, _targets(one))

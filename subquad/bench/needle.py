@@ -22,6 +22,7 @@ from rich.table import Table
 from subquad.bench.progress import bar
 from subquad.bench.quality import Question, answered, device_of, evaluating
 from subquad.checks import InputError, nearest
+from subquad.convert.feed import check_written
 from subquad.models.text import book, sentences
 
 Task = Literal["passkey", "needle"]
@@ -183,7 +184,7 @@ def retrieval(
             through the model's cache, without ranks.
 
     Raises:
-        InputError: a task, length, depth or way that is not known.
+        InputError: a task, length, depth or way that is not known, or prompts with tokens that the model has no embedding for.
     """
     if by not in ("forward", "generate"):
         raise InputError("by", repr(by), "'forward' or 'generate'")
@@ -192,21 +193,24 @@ def retrieval(
 
     @lru_cache(maxsize=4096)
     def count(text: str) -> int:
-        return len(_ids(tokenizer, text))
+        ids = _ids(tokenizer, text)
+        check_written(tokenizer, ids, model)
+        return len(ids)
 
+    made = {  # all of them, so that what cannot be asked is refused before anything is
+        (task, length, depth): [hidden_prompt(task, length, depth, index=index, seed=seed, count=count) for index in range(prompts)]
+        for task in tasks for length in lengths for depth in depths
+    }  # fmt: skip
     cells = []
-    with evaluating(model), bar("needle", len(tasks) * len(lengths) * len(depths) * prompts, show=progress) as advance:
-        for task in tasks:
-            for length in lengths:
-                for depth in depths:
-                    made = [hidden_prompt(task, length, depth, index=index, seed=seed, count=count) for index in range(prompts)]
-                    if by == "generate":
-                        written = [_written(model, tokenizer, prompt, advance) for prompt in made]
-                        cells.append(Cell(task, length, depth, prompts, sum(written) / prompts, None))
-                        continue
-                    questions = [Question.of(partial(_ids, tokenizer), one.text, one.choices, one.answer) for one in made]
-                    exact, ranked = (sum(column) / prompts for column in zip(*answered(model, questions, advance)))
-                    cells.append(Cell(task, length, depth, prompts, exact, ranked))
+    with evaluating(model), bar("needle", len(made) * prompts, show=progress) as advance:
+        for (task, length, depth), some in made.items():
+            if by == "generate":
+                written = [_written(model, tokenizer, prompt, advance) for prompt in some]
+                cells.append(Cell(task, length, depth, prompts, sum(written) / prompts, None))
+                continue
+            questions = [Question.of(partial(_ids, tokenizer), one.text, one.choices, one.answer) for one in some]
+            exact, ranked = (sum(column) / prompts for column in zip(*answered(model, questions, advance)))
+            cells.append(Cell(task, length, depth, prompts, exact, ranked))
     return Retrieval(tuple(cells), by, seed)
 
 

@@ -91,7 +91,8 @@ def distill(
             token ids ``[B, N]``; it begins again when it ends.
         steps: batches to learn from.
         objective: "output", the loss above; or "weights", Hedgehog's: cross-entropy between the weights of softmax and of the
-            mechanism over the student's own queries and keys (hedgehog, lolcats), quadratic in time and linear in memory.
+            mechanism over the student's own queries and keys (hedgehog, lolcats), quadratic in time and linear in memory. It
+            takes no original with a window, unless data are token ids and `length` is at most the window.
         lr: the largest learning rate of AdamW: it rises over the first steps and falls to zero along a line. (The paper's
             1e-2, kept up for two epochs, learns more slowly in runs of up to 100 steps.)
         batch, length: of the batches cut from token ids.
@@ -115,8 +116,8 @@ def distill(
     pupils = _pupils(student)
     if teacher is not student:
         check_unswapped(teacher, "teacher")
-    check_objective(objective, pupils)
     feed = Feed(data, steps, batch, length, seed, teacher)
+    check_objective(objective, pupils, feed.length)
     settings = {"layers": described(pupils), "steps": steps, "lr": lr, "seed": seed, **feed.settings, "teacher": fingerprint(teacher)}
     settings["objective"] = objective
     if group is not None:
@@ -149,20 +150,38 @@ def _in_groups(
 ) -> DistillResult:  # fmt: skip
     from subquad.convert.blockwise import distill_in_groups
 
+    folder = check_groups(teacher, group, out)
+    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return distill_in_groups(student, teacher, feed, pupils, group, device=where, out=folder, settings=settings, **options)
+
+
+def check_groups(teacher: nn.Module, group: int, out: str | Path | None) -> Path:
+    """The folder for the hidden states between groups; a model that cannot be taught in groups is refused."""
+    from subquad.convert.blockwise import body_of
+
     check_counts(group=group)
     if out is None:
         raise InputError("out", None, "a folder for the hidden states between groups")
-    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    return distill_in_groups(student, teacher, feed, pupils, group, device=where, out=Path(out), settings=settings, **options)
+    body_of(teacher)
+    return Path(out)
 
 
-def check_objective(objective: Objective, pupils: Pupils) -> None:
-    """Refuse an unknown objective, and one that one of the layers cannot be taught by."""
+def check_objective(objective: Objective, pupils: Pupils, length: int | None = None, *, spare: int = 0) -> None:
+    """Refuse an unknown objective, and one that more than `spare` of the layers, which need not be swapped, cannot be taught by.
+
+    Args:
+        length: of the sequences to learn from, if it is known.
+    """
     if objective not in ("output", "weights"):
         raise InputError("objective", repr(objective), "'output' or 'weights'")
-    if objective == "weights":
-        for pupil in pupils.values():
-            check_pupil(pupil)
+    refusals = []
+    for pupil in pupils.values() if objective == "weights" else ():
+        try:
+            check_pupil(pupil, length)
+        except InputError as error:
+            refusals.append(error)
+    if len(refusals) > spare:
+        raise refusals[0]
 
 
 def _pupils(student: nn.Module) -> Pupils:

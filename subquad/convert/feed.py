@@ -34,6 +34,11 @@ class Feed:
         self.taken = 0  # batches that the iterator has given
         self.settings = self._settings()
 
+    @property
+    def length(self) -> int | None:
+        """Tokens of every sequence; None where the batches are the caller's own."""
+        return self.data.length if isinstance(self.data, Batches) else None
+
     def _settings(self) -> dict[str, Any]:
         data = self.data
         if isinstance(data, Batches):
@@ -98,6 +103,16 @@ def check_ids(argument: str, ids: Tensor, vocabulary: int) -> None:
     wrong = ids[(ids < 0) | (ids >= vocabulary)]
     if wrong.numel():
         raise InputError(argument, f"token id {int(wrong[0])}", f"ids from 0 to {vocabulary - 1}: the model has {vocabulary} tokens")
+
+
+def check_written(tokenizer: Any, ids: Sequence[int], model: Any) -> None:
+    """Refuse token ids that a tokenizer wrote and the model has no embedding for; a wider tokenizer may have tokens that no text needs."""
+    known, most = vocabulary(model), max(ids, default=0)
+    if known is not None and most >= known:
+        was = f"token id {most}, of a tokenizer with {len(tokenizer):,} tokens"
+        raise InputError(
+            "tokenizer", was, f"ids below {known:,}, the tokens that the model has embeddings for: a tokenizer of the model's own"
+        )
 
 
 def digest_of(*tensors: Tensor) -> str:

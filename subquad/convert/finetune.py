@@ -26,6 +26,7 @@ from subquad.checks import InputError, nearest
 from subquad.convert.checkpoint import Checkpoints
 from subquad.convert.distill import described
 from subquad.convert.feed import Feed
+from subquad.convert.gradient_checkpointing import checkpointed, recomputing
 from subquad.convert.graphs import Graphed, plain
 from subquad.convert.lora import TARGETS, add_lora, drop_lora, projections, without_lora
 from subquad.convert.loss import divergence, labels_of, next_token_loss
@@ -91,7 +92,8 @@ def finetune(
     >>> subquad.merge_lora(student).save_pretrained("folder")
 
     The model may be swapped or not. The adapters stay in it; all else that does not learn is left as it was. After an error
-    the model is without adapters. Under `accelerate launch` each process reads batches of its own.
+    the model is without adapters. It computes in evaluation mode, without dropout; gradient checkpointing that was enabled on it
+    (of transformers' layers) takes effect nevertheless. Under `accelerate launch` each process reads batches of its own.
 
     Args:
         model: a causal language model of transformers.
@@ -211,11 +213,13 @@ class _Judge:
 
     def __init__(self, model: Any, teacher: Any, weight: float) -> None:
         self.model, self.teacher, self.weight = model, model if teacher is None else teacher, weight
+        self.layers = checkpointed(model)
 
     def __call__(self, forward: Any, batch: dict[str, Any]) -> Tensor:
         """Calls `forward`, which is the model, perhaps wrapped."""
         target = self._target(batch) if self.weight else None
-        logits = forward(**{key: x for key, x in batch.items() if key != "labels"}, use_cache=False).logits
+        with recomputing(self.layers):
+            logits = forward(**{key: x for key, x in batch.items() if key != "labels"}, use_cache=False).logits
         labels = labels_of(batch)
         if target is not None and target.shape != logits.shape:
             was = f"{type(self.teacher).__name__} with a vocabulary of {target.shape[-1]}"
@@ -256,7 +260,8 @@ class _Engine:
             self.device = self.accelerator.device
             model.to(self.device)
         self.model = self.wrapped = model
-        self.graphs = self.world == 1 and precision != "bfloat16"  # neither DDP's buckets nor autocast's copies belong in a graph
+        # neither DDP's buckets nor autocast's copies belong in a graph, and checkpointing reads the state of the device's generator
+        self.graphs = self.world == 1 and precision != "bfloat16" and not checkpointed(model)
         self.learn: Graphed | None = None
 
     def begin(

@@ -122,15 +122,24 @@ def pupil_loss(pupil: SwappedAttention, args: Any, kwargs: Any) -> Tensor:
     return weights_loss(pupil.mechanism, **given)
 
 
-def check_pupil(pupil: SwappedAttention) -> None:
-    """Refuse a layer whose mechanism's weights, or whose original's softmax, are not those of q·k / √D."""
+def check_pupil(pupil: SwappedAttention, length: int | None = None) -> None:
+    """Refuse a layer whose mechanism's weights, or whose original's softmax, are not those of q·k / √D.
+
+    Args:
+        length: of the sequences to learn from, if it is known: a window that holds them whole leaves nothing out.
+    """
     if not hasattr(pupil.mechanism, "weigh"):
         raise InputError("objective", f"'weights' for {pupil.name}", f"'output', or a mechanism of: {', '.join(weighing())}")
     owner = pupil.original if hasattr(pupil.original, "sliding_window") else getattr(pupil.original, "config", None)
     window = getattr(owner, "sliding_window", None)
-    if window is not None or not pupil.plain_softmax:
-        was = f"'weights' for {pupil.path}, whose original has " + ("a position bias" if window is None else f"a window of {window}")
+    if not pupil.plain_softmax:
+        was = f"'weights' for {pupil.path}, whose original has a position bias"
         raise InputError("objective", was, "'output': the weights to learn from are those of plain softmax")
+    if window is not None and (length is None or length > window):
+        text = "for batches of any length" if length is None else f"for a length of {length}"
+        was = f"'weights' for {pupil.path}, whose original has a window of {window}, {text}"
+        should = f"'output', or token ids and a length of at most {window}: the weights to learn from are those of plain softmax"
+        raise InputError("objective", was, should)
 
 
 @contextlib.contextmanager

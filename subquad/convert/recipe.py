@@ -21,13 +21,13 @@ from typing import Any
 
 from subquad import contract
 from subquad.checks import InputError, nearest
-from subquad.convert.distill import DistillResult, distill, learning
+from subquad.convert.distill import DistillResult, check_groups, check_objective, distill, learning
 from subquad.convert.feed import Feed
 from subquad.convert.finetune import LOSSES, SCHEDULES, FinetuneResult, finetune
 from subquad.convert.lora import TARGETS, merge_lora, projections
 from subquad.convert.run import check_counts, seeded
-from subquad.convert.sensitivity import auto_keep, choose_layers
-from subquad.convert.swap import find_host, put_back, restore, swap, swapped
+from subquad.convert.sensitivity import auto_keep, check_keep, choose_layers
+from subquad.convert.swap import check_unswapped, find_host, put_back, restore, swap, swapped
 
 WORDS = ("title", "paper", "summary", "cost")
 STAGES: dict[str, tuple[str, ...]] = {
@@ -272,6 +272,7 @@ def linearize(
         InputError: as `swap`, `distill` and `finetune`. The model's attention is then what it was.
     """
     chosen = _chosen(recipe, steps, batch, length)
+    check_counts(save_every=save_every)
     if group is not None:
         chosen = grouped(chosen, group)
     if isinstance(data, Iterator) and len(chosen.stages) + (auto_keep(layers) is not None) > 1:
@@ -283,6 +284,7 @@ def linearize(
         projections(model, chosen.finetune.get("targets", TARGETS))  # before the first stage takes its time
     keep = auto_keep(layers)
     if keep is not None:
+        _check_measurable(model, data, chosen, keep, out, seed)
         feed, cache = _first_batches(model, data, chosen, seed), None if out is None else Path(out) / "layers.json"
         layers = choose_layers(model, feed, chosen.mechanism, keep, chosen.options, seed=seed, cache=cache, progress=progress)
     before = swapped(model)  # layers of another kind, which stay
@@ -311,6 +313,26 @@ def grouped(chosen: Recipe, group: int) -> Recipe:
     if chosen.transfer is None:
         raise InputError("group", group, "a recipe and steps with something to transfer, as nothing is here")
     return chosen.changed({"transfer": {"group": group}})
+
+
+def _check_measurable(model: Any, data: Any, chosen: Recipe, keep: int, out: str | Path | None, seed: int) -> None:
+    """Refuse, before layers are measured, what the swap or a stage would refuse whichever layers are chosen."""
+    check_unswapped(model)
+    check_keep(model, keep)
+    lengths = {}
+    for name, stage in chosen.stages.items():
+        given = {**_defaults(name), **stage}
+        lengths[name] = Feed(data, given["steps"], given["batch"], given["length"], seed, model).length
+    with seeded(seed, -2):
+        swap(model, chosen.mechanism, **chosen.options)
+    try:
+        pupils = learning(model)
+        if chosen.transfer is not None and pupils:
+            check_objective(chosen.transfer.get("objective", "output"), pupils, lengths["transfer"], spare=keep)
+    finally:
+        restore(model)
+    if chosen.transfer is not None and pupils and chosen.transfer.get("group") is not None:
+        check_groups(model, chosen.transfer["group"], out)
 
 
 def _first_batches(model: Any, data: Any, chosen: Recipe, seed: int) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-from bench.tiny import folder, llama, text, tokenizer  # noqa: F401  fixtures
+from bench.tiny import folder, llama, narrow, text, tokenizer  # noqa: F401  fixtures

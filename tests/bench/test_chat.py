@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -105,6 +106,17 @@ def test_a_reply_that_is_broken_off_between_two_layers_says_the_same_afterwards(
     assert broken.read == whole.read
 
 
+def test_a_template_that_changes_what_was_said_is_read_anew_whole(llama, templated):
+    """A reply that was cut off leaves a token that is not read yet: it is in the new text, once."""
+    templated.chat_template = "{{ messages|length }}" + TEMPLATE
+    talk = Conversation(llama, templated, temperature=0, most=3)
+    list(talk.say("Call me"))
+    said = talk.messages[-1]["content"]
+    list(talk.say("again"))
+    ids = templated(f"3<user>Call me<eos><assistant>{said}<eos><user>again<eos><assistant>")["input_ids"]
+    assert talk.read[: len(ids)] == ids and talk.tokens == len(ids) + 2
+
+
 def test_sampling_keeps_to_the_likeliest_and_to_the_seed(llama, tokenizer):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     talk = Conversation(llama, tokenizer, temperature=1, top_p=0.7)
@@ -132,3 +144,37 @@ def test_the_command(folder):
     assert latin.exit_code == 0 and latin.stderr.count("tokens/s") == 2
     ended = CliRunner().invoke(app, ["chat", str(folder)], input="")
     assert ended.exit_code == 0 and "tokens/s" not in ended.stderr
+
+
+def test_text_that_the_model_has_no_embeddings_for_is_refused_and_forgotten(llama, tokenizer):
+    wide = copy.deepcopy(tokenizer)
+    wide.add_tokens(["<rare>"], special_tokens=True)  # token 257 of a model with 257
+    for template in (None, TEMPLATE, "{{ messages|length }}" + TEMPLATE):
+        wide.chat_template = template
+        talk, plain = (Conversation(llama, wide, temperature=0, most=3) for _ in range(2))
+        words = r"tokenizer: got token id 257, of a tokenizer with 258 tokens; expected ids below 257, the tokens that the model has"
+        for one in ("Call <rare>", "Call me", "so <rare> it is", "again"):
+            if "<rare>" in one:
+                with pytest.raises(InputError, match=words):
+                    next(talk.say(one))
+            else:
+                assert list(talk.say(one)) == list(plain.say(one))
+        assert talk.read == plain.read and talk.messages == plain.messages
+
+
+def test_a_model_with_more_embeddings_than_the_tokenizer_has_tokens_talks(tokenizer):
+    from bench.tiny import make_llama
+
+    talk = Conversation(make_llama(vocab_size=320), tokenizer, temperature=0, most=1)
+    list(talk.say("Call me"))
+    assert talk.read == tokenizer("Call me")["input_ids"]
+
+
+def test_the_command_with_a_tokenizer_that_is_too_wide(narrow):
+    few, wide = narrow
+    refused = CliRunner().invoke(app, ["chat", str(few)], input="Call me\n")
+    assert refused.exit_code == 2 and re.search(
+        r"tokenizer: got token id \d+, of a tokenizer with 257 tokens; .*below 100,", refused.stderr
+    )
+    said = CliRunner().invoke(app, ["chat", str(wide), "--max-tokens", "2"], input="Call me\n<rare>\nmore\n")
+    assert said.exit_code == 0 and said.stderr.count("tokens/s") == 2 and said.stderr.count("got token id 257") == 1

@@ -146,3 +146,17 @@ def test_the_command(folder, tmp_path):
     ):
         refused = call(folder, *words)
         assert refused.exit_code == 2 and refused.stderr.count("\n") == 1 and part in refused.stderr
+
+
+def test_a_tokenizer_that_is_too_wide(narrow, tokenizer):
+    """Tokens that no prompt has do no harm."""
+    few, wide = narrow
+    for folder, code in ((few, 2), (wide, 0)):
+        done = CliRunner().invoke(app, ["needle", str(folder), "--task", "passkey", "--lengths", "300", "--depths", "0", "--prompts", "1"])
+        assert done.exit_code == code, done.output
+        assert code == 0 or re.search(r"tokenizer: got token id \d+, of a tokenizer with 257 tokens; .*below 100,", done.stderr)
+
+
+def test_no_prompt_is_read_before_all_of_them_are_made(tokenizer):
+    with pytest.raises(InputError, match="length: got 20; expected at least"):
+        retrieval(Scripted(tokenizer, lambda _: pytest.fail("read")), tokenizer, lengths=(700, 20))

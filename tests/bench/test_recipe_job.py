@@ -324,7 +324,18 @@ def test_what_does_not_fit_the_model_writes_nothing(job, tokenizer, tmp_path):
     sliding = MistralForCausalLM(MistralConfig(**sizes, num_hidden_layers=2, sliding_window=8))
     converted = swap(make_llama(), "gla", layers=[0, 1])
     for name, model, change, message in (
-        ("sliding", sliding, {"recipes": ("hedgehog",), "to": ()}, "objective: got 'weights' for .*whose original has a window of 8"),
+        (
+            "sliding",
+            sliding,
+            {"recipes": ("hedgehog",), "to": ()},
+            "objective: got 'weights' for .*whose original has a window of 8, for a length of 32",
+        ),
+        (
+            "sliding",
+            sliding,
+            {"recipes": ("hedgehog",), "to": (), "layers": "auto:1"},
+            "objective: got 'weights' for .*whose original has a window of 8, for a length of 32",
+        ),
         ("few", few, {}, r"model: got .*few, whose tokenizer writes token \d+; expected a tokenizer of .*100 tokens"),
         ("converted", converted, {"layers": "3"}, "model: got .*of whose layers 2 are swapped to gla already"),
     ):

@@ -1,5 +1,7 @@
 """A random Llama of 4 layers with a tokenizer of bytes, saved to a folder as any pretrained model is."""
 
+import copy
+
 import pytest
 import torch
 
@@ -39,6 +41,19 @@ def folder(tmp_path_factory, tokenizer):
     make_llama().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def narrow(tmp_path, tokenizer):
+    """Two folders: of a model without embeddings for most bytes, and of one without for a token that was added and is rarely written."""
+    few, wide = tmp_path / "few", tmp_path / "wide"
+    make_llama(vocab_size=100, eos_token_id=99).save_pretrained(few)
+    tokenizer.save_pretrained(few)
+    make_llama().save_pretrained(wide)
+    added = copy.deepcopy(tokenizer)
+    added.add_tokens(["<rare>"], special_tokens=True)
+    added.save_pretrained(wide)
+    return few, wide
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import subquad
 from subquad import InputError, Rotary
 from subquad.convert import mimic
 from subquad.convert.distill import distill
+from subquad.convert.recipe import linearize
 from subquad.convert.swap import swap, swapped
 
 CASES = {
@@ -172,14 +173,45 @@ def test_what_has_no_weights_to_teach_is_refused():
         mimic.weights_loss(subquad.attention("softmax", 2, 8), *(torch.zeros(1, 3, 2, 8) for _ in range(2)))
 
 
-def test_a_softmax_with_a_window_or_a_bias_is_refused():
-    from transformers import MistralConfig, MistralForCausalLM, SwinConfig, SwinModel
+def tiny_mistral(window):
+    from transformers import MistralConfig, MistralForCausalLM
 
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    teacher = MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=8))
-    with pytest.raises(InputError, match="whose original has a window of 8"):
-        distill(swap(copy.deepcopy(teacher), "hedgehog"), teacher, torch.arange(64), steps=1, length=8, objective="weights")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=window, initializer_range=0.3)).eval()
+
+
+def test_a_softmax_with_a_bias_is_refused():
+    from transformers import SwinConfig, SwinModel
+
     teacher = SwinModel(SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=4))
     images = [{"pixel_values": torch.zeros(1, 3, 16, 16)}]
     with pytest.raises(InputError, match="whose original has a position bias"):
         distill(swap(copy.deepcopy(teacher), "hedgehog"), teacher, images, steps=1, objective="weights")
+
+
+def test_a_window_is_taken_where_it_holds_the_sequences_whole(tokens):
+    sliding, full, ids = tiny_mistral(8), tiny_mistral(None), tokens[None, :9]
+    with torch.no_grad():
+        near, whole = sliding(ids, use_cache=False).logits, full(ids, use_cache=False).logits
+    torch.testing.assert_close(near[:, :8], whole[:, :8])
+    assert (near[:, 8] - whole[:, 8]).abs().max() > 1e-3  # of nine tokens the last does not see the first
+    options = {"steps": 3, "batch": 2, "objective": "weights", "progress": False}
+    losses = [distill(swap(model, "hedgehog"), model, tokens, length=8, **options).losses for model in (sliding, full)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for data, length, words in (
+        (tokens, 9, "a window of 8, for a length of 9; expected 'output', or token ids and a length of at most 8"),
+        ([tokens[None, :8]], 8, "a window of 8, for batches of any length"),
+    ):
+        with pytest.raises(InputError, match=f"objective: got 'weights' for model.layers.0.self_attn, whose original has {words}"):
+            distill(sliding, sliding, data, length=length, **options)
+
+
+def test_the_recipe_is_carried_out_within_a_window(tokens):
+    options = {"steps": {"transfer": 1, "finetune": 1}, "batch": 8, "progress": False}
+    for layers in ("all", "auto:1"):
+        model = tiny_mistral(8)
+        with pytest.raises(InputError, match="a window of 8, for a length of 9"):
+            linearize(model, "hedgehog", tokens, layers=layers, length=9, **options)
+        assert not swapped(model)
+        assert linearize(model, "hedgehog", tokens, layers=layers, length=8, **options).transfer.steps == 1

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from convert.toy_mechanisms import tiny_llama
 
 from subquad import InputError
 from subquad.convert import sensitivity
-from subquad.convert.recipe import linearize
+from subquad.convert.recipe import linearize, recipe
 from subquad.convert.sensitivity import auto_keep, choose_layers, layer_costs
 from subquad.convert.swap import swap, swapped
 
@@ -101,3 +102,50 @@ def test_misuse_is_one_line(model, batches):
     assert [auto_keep(x) for x in ("auto:3", "auto:0", "all", "3:1", [0], "auto:x")] == [3, 0, None, None, None, None]
     with pytest.raises(InputError, match="layers: got auto:4; expected fewer layers to keep than the model has, 4"):
         choose_layers(model, batches, WINDOW[0], 4, WINDOW[1], progress=False)
+
+
+def of_windows(*layers):
+    """A decoder whose layers see 8 tokens back where `layers` is true."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    kinds = ["sliding_attention" if sliding else "full_attention" for sliding in layers]
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return Qwen2ForCausalLM(
+        Qwen2Config(**sizes, num_hidden_layers=len(layers), sliding_window=8, use_sliding_window=True, layer_types=kinds)
+    )
+
+
+WEIGHTS = replace(recipe("hedgehog"), mechanism="gla", finetune=None)
+
+
+@pytest.mark.parametrize(
+    "given, options, words",
+    [
+        (WEIGHTS, {}, "objective: got 'weights' for gla; expected .*hedgehog, lolcats"),
+        (replace(WEIGHTS, options={"causal": False}), {}, "causal"),
+        (recipe("lolcats"), {"group": 1}, "out: got None; expected a folder for the hidden states"),
+        (recipe("lolcats").changed({"transfer": {"length": 16}, "finetune": {"length": 700}}), {"length": None}, "text: got 600 tokens"),
+        (recipe("lolcats"), {"save_every": 0}, "save_every: got 0"),
+        (recipe("lolcats"), {"layers": "auto:4"}, "layers: got auto:4; expected fewer"),
+    ],
+)
+def test_nothing_is_measured_before_what_is_refused_anyway(model, monkeypatch, given, options, words):
+    monkeypatch.setattr(sensitivity, "_nll", lambda *_: pytest.fail("measured"))
+    tokens = torch.randint(97, (600,), generator=torch.Generator().manual_seed(5))
+    before = torch.get_rng_state()
+    with pytest.raises(InputError, match=words):
+        linearize(model, given, tokens, **{"layers": "auto:1", "steps": {"transfer": 1}, "length": 16, "progress": False, **options})
+    assert not swapped(model) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_layers_that_cannot_be_taught_may_be_among_the_kept_ones(monkeypatch):
+    """One or two of three layers have windows, and one layer is kept: the objective fits if it is the one, and cannot with two."""
+    tokens = torch.randint(97, (64,), generator=torch.Generator().manual_seed(5))
+    options = {"layers": "auto:1", "steps": {"transfer": 1, "finetune": 0}, "batch": 1, "length": 16, "progress": False}
+    monkeypatch.setattr(sensitivity, "layer_costs", lambda *_, **__: {0: 1.0, 1: 2.0, 2: 0.5})
+    model = of_windows(False, True, False)
+    linearize(model, "hedgehog", tokens, **options)
+    assert list(swapped(model)) == [0, 2]
+    monkeypatch.setattr(sensitivity, "layer_costs", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(InputError, match=r"'weights' for model.layers.0.self_attn, whose original has a window of 8"):
+        linearize(of_windows(True, False, True), "hedgehog", tokens, **options)

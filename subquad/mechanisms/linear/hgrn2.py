@@ -35,7 +35,7 @@ def forget_gate(logits: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         return logsigmoid(logits), free
     if bound == 1:
         return torch.zeros_like(logits), free
-    low = torch.tensor(bound, dtype=logits.dtype, device=logits.device)
+    low = logits.new_full((), bound)  # no copy from the host, which a CUDA graph does not hold
     small = torch.logaddexp(low.log(), (-low).log1p() + logsigmoid(logits))
     return torch.where(free < 0.5, (-free.clamp(max=0.5)).log1p(), small), free
 

@@ -12,14 +12,14 @@ from subquad.ops.features import kernels
 from subquad.ops.launch import INTERPRETED, processors, remembered
 from subquad.ops.launcher import Grid, Launcher, eager, launcher
 
-WIDEST = 128  # channels and features of a map, which a program holds whole
+WIDEST = {torch.bfloat16: 128, torch.float16: 64, torch.float32: 64}  # channels and features of a map, which a program holds whole
 ROWS = 64  # of a tile; eight warps share one of more than 64 channels or features
 
 
 def serve(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels take features of x ``[B, N, Hx, D]`` by weight ``[H, D, F]``."""
     width, features = weight.shape[1:]
-    return kernels_serve(x, width, features) and max(width, features) <= WIDEST and weight.dtype != torch.float64
+    return kernels_serve(x, width, features) and max(width, features) <= WIDEST.get(x.dtype, 0) and weight.dtype != torch.float64
 
 
 class Plan(NamedTuple):

@@ -55,6 +55,11 @@ def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
 _level = torch._C._functorch.maybe_current_level
 
 
+def transformed() -> bool:
+    """Whether a call is inside torch.func, whose transforms know neither kernels nor autograd Functions of the common kind."""
+    return not torch.compiler.is_compiling() and _level() is not None
+
+
 @cache
 def _capable(device: torch.device) -> bool:
     """Whether Triton is there and the device has what the kernels use: bfloat16 and TF32, so NVIDIA's from Ampere on."""
@@ -64,7 +69,7 @@ def _capable(device: torch.device) -> bool:
 
 def kernels_serve(x: Tensor, *widths: int) -> bool:
     """Whether the Triton kernels serve tensors like x with these head dims: on CUDA, or wherever SUBQUAD_KERNELS=on; not =off."""
-    if not torch.compiler.is_compiling() and _level() is not None:  # inside torch.func: its transforms know no kernels
+    if transformed():
         return False
     wish = os.environ.get("SUBQUAD_KERNELS", "auto")
     if wish == "off" or x.dtype == torch.float64 or max(0, *widths) > 256:

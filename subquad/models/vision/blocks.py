@@ -24,6 +24,7 @@ from subquad.checks import InputError
 from subquad.contract import attention, option_defaults
 from subquad.contract import mechanism as find
 from subquad.layers.rotary2d import rala_rotary
+from subquad.ops.common import transformed
 from subquad.rotary import Rotary
 
 
@@ -35,6 +36,38 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class GeluConv(DepthwiseConv):
+    """a + DW(a) of a = GELU(h), tokens as above. For the backward pass it keeps h, and not a."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():  # a compiler chooses by itself what is kept
+            a = F.gelu(h)
+            return a + super().forward(a)
+        y: Tensor = _GeluConv.apply(h, self.weight.to(h.dtype), None if self.bias is None else self.bias.to(h.dtype))  # as autocast would
+        return y
+
+
+class _GeluConv(torch.autograd.Function):
+    """Computing a again takes one pass over h; keeping it would take as much memory as h."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(h, weight)
+        a = F.gelu(h)
+        return a + F.conv2d(a.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)).permute(0, 2, 3, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, weight = ctx.saved_tensors
+        channels, around = len(weight), [weight.shape[-1] // 2] * 2
+        outer, a = grad.permute(0, 3, 1, 2), F.gelu(h).permute(0, 3, 1, 2)
+        of_a, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            outer, a, weight, [channels], [1, 1], around, [1, 1], False, [0, 0], channels, list(ctx.needs_input_grad)
+        )
+        of_h = torch.ops.aten.gelu_backward(grad + of_a.permute(0, 2, 3, 1), h) if ctx.needs_input_grad[0] else None
+        return of_h, of_weight, of_bias
 
 
 class DropPath(nn.Module):
@@ -79,12 +112,12 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, width)
-        self.conv = DepthwiseConv(width, 3)
+        self.conv = GeluConv(width, 3)
         self.fc2 = nn.Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc1(x))
-        return self.fc2(x + self.conv(x))
+        y: Tensor = self.fc2(self.conv(self.fc1(x)))
+        return y
 
 
 class Block(nn.Module):
@@ -105,8 +138,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         x = x + self.position(x)
-        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x), rotary))
-        return x + self.drop_path(self.gamma2 * self.ffn(self.norm2(x)))
+        x = x + self.scale(self.gamma1, x) * self.attn(self.norm1(x), rotary)
+        return x + self.scale(self.gamma2, x) * self.ffn(self.norm2(x))
+
+    def scale(self, gamma: Tensor, x: Tensor) -> Tensor:
+        """What each image's branch is multiplied by, once: ``[B, 1, 1, C]``, 0 where stochastic depth drops it."""
+        return self.drop_path(gamma.expand(x.shape[0], 1, 1, -1))
 
 
 def recomputed(part: nn.Module, *given: Any) -> Any:

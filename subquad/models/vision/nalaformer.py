@@ -55,9 +55,9 @@ class NaLaBlock(Block):
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         x = x + self.position(x)
-        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x), rotary))
+        x = x + self.scale(self.gamma1, x) * self.attn(self.norm1(x), rotary)
         x = x + self.position2(x)
-        return x + self.drop_path(self.gamma2 * self.ffn(self.norm2(x)))
+        return x + self.scale(self.gamma2, x) * self.ffn(self.norm2(x))
 
 
 class NaLaFormer(RAVLT):

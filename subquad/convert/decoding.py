@@ -7,8 +7,11 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +28,20 @@ Forward = Callable[..., Any]  # the inner model's own, without what the swapped 
 def decoded(model: Any, forward: Forward, ids: Tensor, positions: Tensor | None, cache: SubquadCache, options: Mapping[str, Any]) -> Any:
     """What `forward` gives for one more token of each row of `cache`, from the fourth such token on by a graph; None where there is none.
 
-    A graph belongs to a cache and goes with it. It needs states of fixed size in every layer, a CUDA device, and no gradients; where a
-    model with all of these cannot be captured, a warning says why. While a graph serves a cache, its `State`s are written in place.
+    A graph belongs to a cache and goes with it, or with the model. It needs states of fixed size in every layer, a CUDA device, and no
+    gradients; where a model with all of these cannot be captured, a warning says why, and it is not tried again. While a graph serves a
+    cache, its `State`s are written in place.
 
     Args:
         ids: ``[B, 1]``, real tokens in every row.
         positions: their position ids ``[B, 1]``; by default that of the next column.
         options: the other arguments of this call; any that is set lets it run as it is.
     """
-    plain = all(value is None or value is False for key, value in options.items() if key not in ("cache_position", "use_cache"))
-    if ids.device.type != DEVICE or not plain or not _may_capture(ids.device):
+    given = {key: value for key, value in options.items() if value is not None and key != "cache_position"}
+    plain = all(value is False for value in given.values())
+    if ids.device.type != DEVICE or not plain or not _may_capture(ids.device) or model in _refusing:
         return None
-    return _steps.setdefault(cache, Steps())(model, forward, ids, positions, cache)
+    return _steps.setdefault(cache, Steps())(model, partial(forward, **given), ids, positions, cache, tuple(given))
 
 
 def _may_capture(device: torch.device) -> bool:
@@ -49,27 +54,39 @@ def _may_capture(device: torch.device) -> bool:
     )
 
 
+class Made:
+    """What a model is made of: a graph does what the modules did, and reads the weights where they were, when it was captured."""
+
+    def __init__(self, model: nn.Module) -> None:
+        parts = list(model.modules())
+        self.tables = _hooks(model) + [held for x in parts for held in (x._modules, x._parameters, x._buffers) if held]
+        self.count = sum(map(len, self.tables))
+        self.values = [table.values() for table in self.tables if table]  # views, which show what is there now
+        self.held = list(chain.from_iterable(self.values))
+        self.weights = [x for x in self.held if isinstance(x, Tensor)]
+        self.places = [x.data_ptr() for x in self.weights]
+
+    @property
+    def same(self) -> bool:
+        """Whether weights, modules and hooks are those that they were, and the weights where they were."""
+        there = sum(map(len, self.tables)) == self.count and all(map(is_, chain.from_iterable(self.values), self.held))
+        return there and [x.data_ptr() for x in self.weights] == self.places
+
+
 @dataclass
 class Captured:
-    """A graph, the tensors that its replays read and write, and the weights that it reads."""
+    """A graph, the tensors that its replays read and write, and the model that it stands for."""
 
     graph: Any
     ids: Tensor
     positions: Tensor
     hidden: Tensor
     states: list[State]
-    weights: list[tuple[Tensor, int]]
-    hooks: list[Mapping[int, Any]]
-    count: int
-
-    @property
-    def holds(self) -> bool:
-        """Whether the weights are where they were, and nobody has come who watches modules."""
-        return all(x.data_ptr() == at for x, at in self.weights) and sum(map(len, self.hooks)) == self.count
+    made: Made
 
     def goes_on(self, layers: list[StateLayer]) -> bool:
         """Whether the cache is as the last replay left it."""
-        return self.holds and all(layer.state is place and not layer.record_past for layer, place in zip(layers, self.states))
+        return all(layer.state is place and not layer.record_past for layer, place in zip(layers, self.states))
 
     def __call__(self, ids: Tensor, positions: Tensor, layers: list[StateLayer]) -> Tensor:
         """The hidden states of one more token of each row; the layers are then one column further."""
@@ -92,28 +109,34 @@ class Steps:
         self.seen = 0
         self.able = True
         self.output: Any = None  # the class of what the model returns
-        self.captured: Captured | None = None
+        self.graphs: WeakKeyDictionary[nn.Module, Captured] = WeakKeyDictionary()  # one, which goes with its model
 
-    def __call__(self, model: Any, forward: Forward, ids: Tensor, positions: Tensor | None, cache: SubquadCache) -> Any:
+    def __call__(
+        self, model: Any, forward: Forward, ids: Tensor, positions: Tensor | None, cache: SubquadCache, named: tuple[str, ...]
+    ) -> Any:
         layers = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
-        key: Any = (id(model), ids.shape, ids.device, torch.is_inference_mode_enabled())
-        if self.captured is None or key != self.key or not self.captured.goes_on(layers):
+        key: Any = (ref(model), model.training, ids.shape, ids.device, torch.is_inference_mode_enabled(), named)
+        captured = self.graphs.get(model)
+        changed = key != self.key or (captured is not None and not captured.made.same)
+        if changed or captured is None or not captured.goes_on(layers):
             forms = [_form(layer) for layer in layers]
-            if key != self.key or forms != self.forms or (self.captured is not None and not self.captured.holds):
-                self.key, self.forms, self.seen, self.captured = key, forms, 0, None
+            if changed or forms != self.forms:
+                self.key, self.forms, self.seen, captured = key, forms, 0, None
+                self.graphs.clear()
         if not self.able or len(layers) < len(cache.layers) or None in self.forms:
             return None
         if positions is None:
             positions = ids.new_full(ids.shape, cache.get_seq_length())
         positions = positions.expand(ids.shape)
-        if self.captured is None:
+        if captured is None:
             self.seen += 1
             if self.seen <= WARM:
                 return self._as_it_is(forward, ids, positions)
-            self.captured = self._capture(model, forward, ids, positions, layers)
-            if self.captured is None:
+            captured = self._capture(model, forward, ids, positions, layers)
+            if captured is None:
                 return None
-        return self.output(last_hidden_state=self.captured(ids, positions, layers), **{CACHE: cache})
+            self.graphs[model] = captured
+        return self.output(last_hidden_state=captured(ids, positions, layers), **{CACHE: cache})
 
     def _as_it_is(self, forward: Forward, ids: Tensor, positions: Tensor) -> Any:
         out = forward(input_ids=ids, position_ids=positions)
@@ -143,15 +166,14 @@ class Steps:
         try:
             graph, hidden = capture(ids.device, run)
         except NotCaptured as error:
-            self.able = False
+            _refusing.add(model)
             warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=5)
             return None
-        weights = [(x, x.data_ptr()) for x in (*model.parameters(), *model.buffers())]
-        hooks = _hooks(model)
-        return Captured(graph, ids, positions, hidden, states, weights, hooks, sum(map(len, hooks)))
+        return Captured(graph, ids, positions, hidden, states, Made(model))
 
 
 _steps: WeakKeyDictionary[SubquadCache, Steps] = WeakKeyDictionary()
+_refusing: WeakSet[nn.Module] = WeakSet()  # models that could not be captured: to try takes time, and leaves a broken graph
 
 
 def _form(layer: StateLayer) -> Any:
@@ -175,5 +197,5 @@ def _there(layer: StateLayer) -> State:
     return layer.state
 
 
-def _hooks(model: nn.Module) -> list[Mapping[int, Any]]:
+def _hooks(model: nn.Module) -> list[Mapping[Any, Any]]:
     return [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]

@@ -1,7 +1,9 @@
 """Decoded tokens as CUDA graphs: what they give is what the passes give that they stand for. On the CPU a pass stands for its graph."""
 
 import copy
+import gc
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subquad
 from subquad.convert import decoding
 from subquad.convert.cache import CACHE, SubquadCache
-from subquad.convert.graphs import WARM
+from subquad.convert.graphs import WARM, NotCaptured
+from subquad.convert.lora import add_lora, projections
 from subquad.state import State
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,6 +122,83 @@ def test_other_weights_make_another_graph(replays):
     model.model.norm.weight.data = model.model.norm.weight.data * 2  # elsewhere in memory
     torch.testing.assert_close(step(True), step(False))
     assert before == 2 and len(replays) == 2
+
+
+def reloaded(model):
+    model.load_state_dict({name: 1.5 * x for name, x in model.state_dict().items()}, assign=True)
+
+
+CHANGES = {
+    "another weight": lambda model: setattr(model.model.norm, "weight", torch.nn.Parameter(2 * model.model.norm.weight)),
+    "all weights": reloaded,
+    "adapters": lambda model: add_lora(model, projections(model, ("q_proj",)), 4, 8.0),
+    "another module": lambda model: setattr(model.model.layers[0], "mlp", torch.nn.Identity()),
+    "training": lambda model: model.train(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_model_that_is_changed_needs_another_graph(what, replays):
+    """Where the weights that the graph reads are still there."""
+    model, ids = made("gla"), prompt(1)
+    cache = SubquadCache(model)
+    for i in range(WARM + 3):  # the first has no state to go on from
+        model(ids[:, i : i + 1], **{CACHE: cache})
+    other = copy.deepcopy(cache)
+    assert len(replays) == 2
+    CHANGES[what](model)
+    steps = [[model(ids[:, i : i + 1], **{CACHE: c}, output_hidden_states=c is other).logits for i in range(6, 9)] for c in (cache, other)]
+    assert len(replays) == 2
+    torch.testing.assert_close(torch.cat(steps[0], 1), torch.cat(steps[1], 1))
+
+
+@torch.no_grad()
+def test_a_model_that_is_asked_for_a_tuple_gives_one(replays):
+    model, ids = made("gla").model, prompt(1)
+    cache = SubquadCache(model)
+    kinds = [type(model(ids[:, i : i + 1], **{CACHE: cache}, use_cache=True, return_dict=False)) for i in range(WARM + 3)]
+    assert kinds == [tuple] * (WARM + 3) and not replays
+
+
+@torch.no_grad()
+def test_a_cache_keeps_no_model_and_no_graph_keeps_a_cache(replays, monkeypatch):
+    def capture(device, run):
+        hidden = run()
+        return SimpleNamespace(replay=lambda: replays.append(1)), hidden
+
+    monkeypatch.setattr(decoding, "capture", capture)
+    model, ids = made("gla"), prompt(1)
+    caches = [SubquadCache(model) for _ in range(2)]
+    for cache in caches:
+        for i in range(WARM + 3):
+            model(ids[:, i : i + 1], **{CACHE: cache})
+    assert len(replays) == 4
+    there, weight = weakref.ref(caches.pop(0)), weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    del cache
+    gc.collect()
+    assert there() is None and weight() is not None
+    del model
+    gc.collect()
+    assert weight() is None and caches[0].get_seq_length() == WARM + 3
+
+
+@torch.no_grad()
+def test_a_model_that_cannot_be_captured_is_tried_once(replays, monkeypatch):
+    tried = []
+
+    def capture(device, run):
+        tried.append(1)
+        raise NotCaptured("it reads the device")
+
+    monkeypatch.setattr(decoding, "capture", capture)
+    model, ids = made("gla"), prompt(1)
+    with pytest.warns(UserWarning, match="without a CUDA graph: it reads the device"):
+        for _ in range(3):
+            cache = SubquadCache(model)
+            found = [model(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(9)]
+    assert len(tried) == 1 and not replays
+    torch.testing.assert_close(torch.cat(found, 1), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

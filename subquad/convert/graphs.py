@@ -4,6 +4,7 @@ than the device to run. A graph asks for all of them at once. Training steps are
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -109,6 +110,11 @@ def capture(device: torch.device, run: Callable[[], Any]) -> tuple[torch.cuda.CU
     Raises:
         NotCaptured: it reads the device, or there is no memory for it. The device can be used as before.
     """
+    with _one:
+        return _capture(device, run)
+
+
+def _capture(device: torch.device, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
         # torch leaves a capture that was broken off on its stream, and by itself captures on the current device; "thread_local",
@@ -127,6 +133,7 @@ def capture(device: torch.device, run: Callable[[], Any]) -> tuple[torch.cuda.CU
     raise NotCaptured(failed)
 
 
+_one = threading.Lock()  # threads that serve would capture on one stream, and wait for a device that another's capture lets nobody wait for
 _broken: list[torch.cuda.CUDAGraph] = []  # the allocator may go on asking them whether memory is theirs
 
 

@@ -284,11 +284,13 @@ class _Engine:
             raise InputError("data", "a step without a token to predict", "batches of two tokens or more that are not padding")
         if self.learn is None:
             self.learn = Graphed(partial(self._learn, judge), run.live.values(), able=self.graphs)
+        batches = [moved(batch, self.device) for batch in batches]  # at once: each copy waits for what the device has been asked for
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        by = torch.full((), float(targets), device=self.device)
         for index, batch in enumerate(batches):
             apart = index < len(batches) - 1
             with self.accelerator.no_sync(self.wrapped) if apart else contextlib.nullcontext():
-                total += self.learn(moved(batch, self.device), torch.tensor(float(targets), device=self.device))
+                total += self.learn(batch, by)
         mean = float(self._sum(total))
         run.collect()
         norm = float(self.accelerator.clip_grad_norm_(run.parameters.values(), max_grad_norm)) if math.isfinite(mean) else math.nan

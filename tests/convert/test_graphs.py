@@ -1,5 +1,7 @@
 """Training steps as CUDA graphs: gradients add up as without, and only plain batches are captured."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import subquad
+from subquad.convert import graphs
 from subquad.convert.finetune import finetune
 from subquad.convert.graphs import WARM, Graphed, plain
 from subquad.convert.swap import swapped
@@ -94,6 +97,34 @@ def test_labels_and_what_stands_beside_a_batch_are_those_of_each_call(monkeypatc
         assert graphed(batch, torch.tensor(2.0 * n)).item() == 1.0
         total += n / (2 * n)
     assert p.grad.item() == pytest.approx(total) and graphed.captured is not None
+
+
+def test_one_thread_captures_at_a_time(monkeypatch):
+    """All of a device's captures are on one stream."""
+    inside, most = [], []
+
+    def _capture(device, run):
+        inside.append(1)
+        most.append(len(inside))
+        run()
+        inside.pop()
+
+    monkeypatch.setattr(graphs, "_capture", _capture)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: graphs.capture(torch.device("cuda", 0), lambda: time.sleep(0.02)), range(4)))
+    assert most == [1] * 4
+
+
+def test_nothing_is_copied_to_the_device_between_the_batches_of_a_step(monkeypatch):
+    """A copy would wait for the batch before."""
+    order = []
+    monkeypatch.setattr("subquad.convert.finetune.moved", lambda batch, device: order.append("copy") or batch)
+    seen = []
+    monkeypatch.setattr(Graphed, "__call__", lambda self, batch, by: order.append("learn") or seen.append(by) or self.step(batch, by))
+    tokens = torch.arange(2000) % 50
+    finetune(subquad.swap(tiny(), "gla"), tokens, steps=1, batch=2, length=8, accumulate=3, progress=False)
+    assert order == ["copy"] * 3 + ["learn"] * 3
+    assert [by.item() for by in seen] == [3 * 2 * 7] * 3 and all(by is seen[0] for by in seen)
 
 
 def tiny():

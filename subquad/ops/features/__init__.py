@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.common import by_rows, cdiv, kernels_serve, padded, reduce_heads, traced
+from subquad.ops.common import by_rows, cdiv, padded, reduce_heads, traced
 from subquad.ops.features import kernels
 from subquad.ops.launch import INTERPRETED, processors, remembered
 from subquad.ops.launcher import Grid, Launcher, eager, launcher
@@ -17,9 +17,8 @@ ROWS = 64  # of a tile; eight warps share one of more than 64 channels or featur
 
 
 def serve(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels take features of x ``[B, N, Hx, D]`` by weight ``[H, D, F]``."""
-    width, features = weight.shape[1:]
-    return kernels_serve(x, width, features) and max(width, features) <= WIDEST.get(x.dtype, 0) and weight.dtype != torch.float64
+    """Whether the kernels, where they serve x ``[B, N, Hx, D]``, have maps like weight ``[H, D, F]``."""
+    return max(weight.shape[1:]) <= WIDEST.get(x.dtype, 0) and weight.dtype != torch.float64
 
 
 class Plan(NamedTuple):

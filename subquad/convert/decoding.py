@@ -65,12 +65,18 @@ class Made:
         self.held = list(chain.from_iterable(self.values))
         self.weights = [x for x in self.held if isinstance(x, Tensor)]
         self.places = [x.data_ptr() for x in self.weights]
+        self.adapted = [x for x in parts if hasattr(x, "merged_adapters")]  # peft's layers
+        self.switches = self._switches()
+
+    def _switches(self) -> list[tuple[Any, ...]]:
+        """What peft's layers choose by at each call, merged weights being where unmerged ones were."""
+        return [(x.disable_adapters, *x.active_adapters, None, *x.merged_adapters) for x in self.adapted]  # type: ignore[misc]
 
     @property
     def same(self) -> bool:
-        """Whether weights, modules and hooks are those that they were, and the weights where they were."""
+        """Whether weights, modules, adapters in use and hooks are those that they were, and the weights where they were."""
         there = sum(map(len, self.tables)) == self.count and all(map(is_, chain.from_iterable(self.values), self.held))
-        return there and [x.data_ptr() for x in self.weights] == self.places
+        return there and [x.data_ptr() for x in self.weights] == self.places and self._switches() == self.switches
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Decoded tokens as CUDA graphs: what they give is what the passes give that they stand for. On the CPU a pass stands for its graph."""
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -14,7 +15,7 @@ import subquad
 from subquad.convert import decoding
 from subquad.convert.cache import CACHE, SubquadCache
 from subquad.convert.graphs import WARM, NotCaptured
-from subquad.convert.lora import add_lora, projections
+from subquad.convert.lora import adapters, add_lora, projections, without_lora
 from subquad.state import State
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,6 +152,27 @@ def test_a_model_that_is_changed_needs_another_graph(what, replays):
     steps = [[model(ids[:, i : i + 1], **{CACHE: c}, output_hidden_states=c is other).logits for i in range(6, 9)] for c in (cache, other)]
     assert len(replays) == 2
     torch.testing.assert_close(torch.cat(steps[0], 1), torch.cat(steps[1], 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["off", "merged"])
+def test_adapters_that_are_switched_need_another_graph(how, replays):
+    """Merged into the weights, these stay where they were."""
+    model, ids = made("gla"), prompt(1)
+    for name, p in add_lora(model, projections(model, ("q_proj",)), 4, 8.0).items():
+        p.normal_() if ".lora_B." in name else None
+    cache = SubquadCache(model)
+    for i in range(WARM + 3):  # the first has no state to go on from
+        model(ids[:, i : i + 1], **{CACHE: cache})
+    other = copy.deepcopy(cache)
+    assert len(replays) == 2
+    if how == "merged":
+        for layer in adapters(model).values():
+            layer.merge()
+    with without_lora(model) if how == "off" else contextlib.nullcontext():
+        one, two = (model(ids[:, 6:7], **{CACHE: c}, output_hidden_states=c is other).logits for c in (cache, other))
+    assert len(replays) == 2
+    torch.testing.assert_close(one, two)
 
 
 @torch.no_grad()

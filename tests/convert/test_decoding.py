@@ -149,9 +149,9 @@ def test_a_model_that_is_changed_needs_another_graph(what, replays):
     other = copy.deepcopy(cache)
     assert len(replays) == 2
     CHANGES[what](model)
-    steps = [[model(ids[:, i : i + 1], **{CACHE: c}, output_hidden_states=c is other).logits for i in range(6, 9)] for c in (cache, other)]
+    found = model(ids[:, 6:7], **{CACHE: cache}).logits
+    torch.testing.assert_close(found, model(ids[:, 6:7], **{CACHE: other}, output_hidden_states=True).logits)
     assert len(replays) == 2
-    torch.testing.assert_close(torch.cat(steps[0], 1), torch.cat(steps[1], 1))
 
 
 @torch.no_grad()
@@ -170,9 +170,9 @@ def test_adapters_that_are_switched_need_another_graph(how, replays):
         for layer in adapters(model).values():
             layer.merge()
     with without_lora(model) if how == "off" else contextlib.nullcontext():
-        one, two = (model(ids[:, 6:7], **{CACHE: c}, output_hidden_states=c is other).logits for c in (cache, other))
+        found = model(ids[:, 6:7], **{CACHE: cache}).logits
+        torch.testing.assert_close(found, model(ids[:, 6:7], **{CACHE: other}, output_hidden_states=True).logits)
     assert len(replays) == 2
-    torch.testing.assert_close(one, two)
 
 
 @torch.no_grad()

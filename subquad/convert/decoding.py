@@ -11,7 +11,7 @@ from functools import partial
 from itertools import chain
 from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from subquad.convert.module import SwappedAttention
 from subquad.state import State
 
 DEVICE = "cuda"
+TRIES = 3  # captures of one model that may fail, for want of memory perhaps: each takes time, and leaves a broken graph
 Forward = Callable[..., Any]  # the inner model's own, without what the swapped one does before it
 
 
@@ -29,8 +30,8 @@ def decoded(model: Any, forward: Forward, ids: Tensor, positions: Tensor | None,
     """What `forward` gives for one more token of each row of `cache`, from the fourth such token on by a graph; None where there is none.
 
     A graph belongs to a cache and goes with it, or with the model. It needs states of fixed size in every layer, a CUDA device, and no
-    gradients; where a model with all of these cannot be captured, a warning says why, and it is not tried again. While a graph serves a
-    cache, its `State`s are written in place.
+    gradients; where a model with all of these cannot be captured, a warning says why, and it is seldom tried again. While a graph
+    serves a cache, its `State`s are written in place.
 
     Args:
         ids: ``[B, 1]``, real tokens in every row.
@@ -39,7 +40,7 @@ def decoded(model: Any, forward: Forward, ids: Tensor, positions: Tensor | None,
     """
     given = {key: value for key, value in options.items() if value is not None and key != "cache_position"}
     plain = all(value is False for value in given.values())
-    if ids.device.type != DEVICE or not plain or not _may_capture(ids.device) or model in _refusing:
+    if ids.device.type != DEVICE or not plain or not _may_capture(ids.device) or _failed.get(model, 0) >= TRIES:
         return None
     return _steps.setdefault(cache, Steps())(model, partial(forward, **given), ids, positions, cache, tuple(given))
 
@@ -172,14 +173,14 @@ class Steps:
         try:
             graph, hidden = capture(ids.device, run)
         except NotCaptured as error:
-            _refusing.add(model)
+            self.able, _failed[model] = False, _failed.get(model, 0) + 1
             warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=5)
             return None
         return Captured(graph, ids, positions, hidden, states, Made(model))
 
 
 _steps: WeakKeyDictionary[SubquadCache, Steps] = WeakKeyDictionary()
-_refusing: WeakSet[nn.Module] = WeakSet()  # models that could not be captured: to try takes time, and leaves a broken graph
+_failed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # captures
 
 
 def _form(layer: StateLayer) -> Any:
@@ -204,4 +205,5 @@ def _there(layer: StateLayer) -> State:
 
 
 def _hooks(model: nn.Module) -> list[Mapping[Any, Any]]:
-    return [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    of_all = torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks
+    return [*of_all, *(hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks))]

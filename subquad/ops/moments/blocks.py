@@ -53,7 +53,7 @@ def norm_terms(x):
     """Of each row: 1/‖x‖, tanh ‖x‖, and log₂ |x_c|/‖x‖, of 0 that of the least normal number."""
     norm = tl.sqrt(tl.sum(x * x, 1))
     norm = tl.where(norm > 0, norm, 1.0)
-    tanh = 1 - 2 / (tl.exp2(2 * LOG2E * norm) + 1)
+    tanh = 1 - 2 / (tl.exp2(norm * (2 * LOG2E)) + 1)
     return 1 / norm, tanh, log2(tl.maximum(tl.abs(x), TINY)) - log2(norm)[:, None]
 
 

@@ -225,7 +225,7 @@ class Plan:
         strides = (*self._across("q", "do"), *self._row_stride("q_cos"))
         found = {}
         for sums, out, twice in ((True, True, False), (True, False, False), (True, False, True), (False, True, True), (False, True, False)):
-            constants = {**self._query_constants(), **self._steps("do"), "SUMS": sums, "OUT": out, "TWICE": twice}
+            constants = {**self._query_constants(), **self._steps("do"), "SUMS": sums, "OUT": out, "TWICE": twice, "MORE": out and twice and self.how.averaged}
             told = (self.gather_back_launch.runs if twice and self.kinds["k"] is not None else 1, self.how.scale, self.how.eps)
             name = "apply_back_both" if sums and out else "apply_back" if sums else "apply_back_out"
             kernel = backward.apply_back_kernel

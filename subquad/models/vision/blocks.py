@@ -142,8 +142,8 @@ class Block(nn.Module):
         return x + self.scale(self.gamma2, x) * self.ffn(self.norm2(x))
 
     def scale(self, gamma: Tensor, x: Tensor) -> Tensor:
-        """What each image's branch is multiplied by, once: ``[B, 1, 1, C]``, 0 where stochastic depth drops it."""
-        return self.drop_path(gamma.expand(x.shape[0], 1, 1, -1))
+        """What each image's branch is multiplied by, once: ``[B, 1, 1, C]``, 0 where stochastic depth drops it; γ in evaluation."""
+        return self.drop_path(gamma.expand(x.shape[0], 1, 1, -1)) if self.training else gamma
 
 
 def recomputed(part: nn.Module, *given: Any) -> Any:

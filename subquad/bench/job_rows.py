@@ -40,7 +40,7 @@ class JobRun:
         self.kept_layers: dict[str, list[int]] = {}  # by subject, where they were chosen
 
     def load(self, text: str) -> None:
-        from subquad.convert.feed import vocabulary
+        from subquad.convert.feed import check_written
         from subquad.convert.swap import check_unswapped
         from subquad.models.load import load_model
         from subquad.models.text import encode, split
@@ -50,10 +50,7 @@ class JobRun:
         check_unswapped(model)
         self.model = model.to(self.device).eval()
         tokens = encode(text, self.tokenizer)
-        known = vocabulary(model)
-        if known is not None and tokens.numel() and int(tokens.max()) >= known:
-            was = f"{job.model}, whose tokenizer writes token {int(tokens.max())}"
-            raise InputError("model", was, f"a tokenizer of the model's own, which has {known} tokens")
+        check_written(self.tokenizer, tokens.tolist(), model)
         batch = max((step_tokens(stage) for one in self.subjects for stage in one.stages), default=0)
         if SELF in job.text:
             if job.self_tokens < batch:

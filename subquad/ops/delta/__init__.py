@@ -14,8 +14,9 @@ from subquad.ops.delta.chunked import DeltaRule, delta_step, run
 
 __all__ = ["delta_rule"]
 
-WIDEST = 128  # head dim of the solves' kernels: beyond it Triton 3.6 makes ones that read past their shared memory on Hopper;
-# and the widest float32 values that a Hopper's shared memory has room for
+# Head dim of the solves' kernels: beyond it Triton 3.6 makes ones that read past their shared memory on Hopper, which has no room for
+# wider float32 values either.
+WIDEST = 128
 
 
 def delta_rule(

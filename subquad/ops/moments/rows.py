@@ -1,4 +1,4 @@
-"""Launch parameters of the moments' kernels in bfloat16, measured on an H100, most of the second column on an H200.
+"""Launch parameters of the moments' kernels in bfloat16, measured on an H100 or an H200.
 
 By kernel, and by whether features are turned by a rotary, have two signs, or neither: tokens of a tile, warps and stages for widths of
 features and values up to 64, and up to 128. What was not measured (float32, two signs of more than 64 channels) takes `CAREFUL`.
@@ -19,7 +19,7 @@ ROWS: dict[tuple[str, str], tuple[Config, Config]] = {
     ("gather", "signs"): (Config(64, 4, 3), Config(128, 4, 2)),
     ("apply", "none"): (Config(64, 4, 3), Config(64, 4, 3)),
     ("apply", "turned"): (Config(64, 4, 2), Config(64, 4, 3)),
-    ("apply", "signs"): (Config(64, 4, 1), Config(64, 4, 2)),
+    ("apply", "signs"): (Config(32, 4, 3), Config(64, 4, 2)),
     ("apply_back", "none"): (Config(64, 4, 3), Config(64, 8, 3)),
     ("apply_back", "turned"): (Config(64, 4, 3), Config(64, 8, 3)),
     ("apply_back", "signs"): (Config(32, 4, 3), Config(32, 4, 2)),

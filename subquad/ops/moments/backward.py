@@ -42,7 +42,8 @@ def apply_back_kernel(
     sq_n: tl.constexpr, sd_n: tl.constexpr, H: tl.constexpr, GQ: tl.constexpr, GM: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, NORMAL: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
-    OUT: tl.constexpr, TWICE: tl.constexpr, MORE: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    OUT: tl.constexpr, TWICE: tl.constexpr, MORE: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `apply_kernel`.
 

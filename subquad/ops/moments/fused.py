@@ -91,10 +91,9 @@ def backward(
     # the mean of φ(q) has a gradient that comes last; and sums of two signs leave no registers for anything beside them
     apart = averaged or (sums and q_map in TWO_SIGNS)
     terms = run.empty(run.batch, run.q_tokens, run.heads, 2) if apart and needed["q"] else None
-    if x.q is not None and do is not None:
-        if sums or not averaged:
-            found["q"], of_record = run.apply_back(x, do, on, None, terms, sums=sums, out=needed["q"] and not apart)
-            found["record"] = of_record if d_record is None or of_record is None else d_record + of_record
+    if x.q is not None and do is not None and (sums or not averaged):
+        found["q"], of_record = run.apply_back(x, do, on, None, terms, sums=sums, out=needed["q"] and not apart)
+        found["record"] = of_record if d_record is None or of_record is None else d_record + of_record
     grads = found["record"]
     if x.k is not None and keys:
         assert grads is not None

@@ -25,6 +25,7 @@ import torch
 from common import failure
 from recipes_tables import thinned
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 Tell = Callable[[dict[str, Any]], None]
 RECALL = (256, 512, 768)  # tokens between what is stated and the question
@@ -287,7 +288,10 @@ def passkey(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
     for number, (name, stage) in enumerate(task["stages"].items()):
         count, answers = stage["steps"] * stage.get("accumulate", 1), name == "finetune" and task["answers"]
         seed = 10 * task["seed"] + number
-        batches = Questions(bench.tokenizer, data, count, stage["batch"], stage["length"], seed, answers)
+        questions = Questions(bench.tokenizer, data, count, stage["batch"], stage["length"], seed, answers)
+        # to find the tokens of a batch's prompts takes the host longer than a GPU takes to learn from them
+        workers: dict[str, Any] = {"num_workers": 6, "prefetch_factor": 8, "multiprocessing_context": "fork"} if bench.cuda else {}
+        batches = DataLoader(questions, batch_size=None, **workers)  # type: ignore[arg-type]
         record["stages"][name] = taught(bench, model, name, stage, batches, task["seed"])
         if name == "finetune":
             merge_lora(model)

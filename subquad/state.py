@@ -82,6 +82,19 @@ class State:
     def to(self, device: torch.device | str) -> State:
         return self.map(lambda x: x.to(device))
 
+    def assign(self, other: State) -> State:
+        """Write another state's tensors, of the same names and shapes, into this one's, which stay where they are; returns self."""
+        mine, given = ({**state.tensors, "length": state.length} for state in (self, other))
+        forms = [{name: x.shape for name, x in tensors.items()} for tensors in (mine, given)]
+        if forms[0] != forms[1]:
+            raise InputError("other", repr(other), f"the names and shapes of {self!r}")
+        places = {x.untyped_storage().data_ptr() for x in mine.values()}
+        new = {name: x.clone() if x.untyped_storage().data_ptr() in places and x is not mine[name] else x for name, x in given.items()}
+        for name, x in new.items():
+            if x is not mine[name]:
+                mine[name].copy_(x)
+        return self
+
     def record(self, on: bool = True) -> State:
         """Start (or stop) keeping what `crop` needs; in place, returns self."""
         self.recording = on

@@ -82,6 +82,7 @@ class StateLayer(CacheLayerMixin):
         self.padding: list[int] = []  # the last columns, while recording, that were padding in every row
         self.padding_known_from = 0  # padding in earlier columns is forgotten
         self.record_past = False
+        self.place: State | None = None  # where each new state is written, while a graph is made
         self.device: torch.device | None = None
 
     def attend(self, mechanism: Attention, tokens: Tokens, columns: int) -> Tensor:
@@ -98,7 +99,8 @@ class StateLayer(CacheLayerMixin):
         if self.record_past and tokens.cu_seqlens is not None and tokens.cu_seqlens.shape[0] == 2:
             tokens = replace(tokens, cu_seqlens=None)  # one packed sequence is a plain one, and plain ones are recorded
         if not self.record_past or tokens.cu_seqlens is not None:
-            o, self.state = tokens.call(mechanism, state, return_state=True)
+            o, after = tokens.call(mechanism, state, return_state=True)
+            self.state = after if self.place is None else self.place.assign(after)
             return o
         return self._attend_recording(mechanism, tokens, state)
 

@@ -6,6 +6,7 @@ with the angles beside them. Padded batches are packed: padding reaches no mecha
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from subquad.checks import InputError, shape_of
 from subquad.convert.cache import CACHE, SubquadCache, Tokens, check_cache
+from subquad.convert.decoding import decoded
 from subquad.convert.module import SwappedAttention
 from subquad.rotary import Rotary
 
@@ -191,6 +193,12 @@ class DecoderModel:
             if self.all_swapped:
                 # No layer reads a four-dimensional mask: an empty one keeps transformers from building it, N² in size.
                 attention_mask = given.new_empty(0, 0, 0, 0)
+                if input_ids is not None and columns == 1 and padding is None and cache is not None and caching:
+                    one = partial(super().forward, attention_mask=attention_mask, use_cache=True, subquad_padding=None, **{CACHE: cache})  # type: ignore[misc]
+                    options = {key: value for key, value in kwargs.items() if key != "subquad_padding"}
+                    out = decoded(self, one, input_ids, position_ids, cache, options)
+                    if out is not None:
+                        return out
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -278,18 +278,19 @@ class _Engine:
 
     def advance(self, run: Run, judge: _Judge, batches: list[dict[str, Any]], max_grad_norm: float) -> None:
         """One step from all of `batches`."""
-        batches = [moved(batch, self.device) for batch in batches]
-        counts = torch.tensor([_counts(batch) for batch in batches], device=self.device).sum(0)
-        targets, tokens = self._sum(counts).tolist()
+        counts = torch.tensor([_counts(batch) for batch in batches]).sum(0)  # before they are moved: to count there is to wait
+        targets, tokens = (self._sum(counts.to(self.device)) if self.world > 1 else counts).tolist()
         if not targets:
             raise InputError("data", "a step without a token to predict", "batches of two tokens or more that are not padding")
         if self.learn is None:
             self.learn = Graphed(partial(self._learn, judge), run.live.values(), able=self.graphs)
+        batches = [moved(batch, self.device) for batch in batches]  # at once: each copy waits for what the device has been asked for
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        by = torch.full((), float(targets), device=self.device)
         for index, batch in enumerate(batches):
             apart = index < len(batches) - 1
             with self.accelerator.no_sync(self.wrapped) if apart else contextlib.nullcontext():
-                total += self.learn(batch, targets)
+                total += self.learn(batch, by)
         mean = float(self._sum(total))
         run.collect()
         norm = float(self.accelerator.clip_grad_norm_(run.parameters.values(), max_grad_norm)) if math.isfinite(mean) else math.nan
@@ -298,8 +299,8 @@ class _Engine:
             raise InputError("lr", run.lr, f"a smaller one: the {what} is not finite at step {run.step + 1}")
         run.update([mean], tokens)
 
-    def _learn(self, judge: _Judge, batch: dict[str, Any], targets: int) -> Tensor:
-        """A batch's part of the mean loss, with its gradients."""
+    def _learn(self, judge: _Judge, batch: dict[str, Any], targets: Tensor) -> Tensor:
+        """A batch's part of the mean loss over so many targets, with its gradients."""
         with self.accelerator.autocast():
             loss = judge(self.wrapped, batch) / targets
             self.accelerator.backward(loss * self.world)  # gradients are averaged over processes

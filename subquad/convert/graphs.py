@@ -1,9 +1,10 @@
-"""Training steps as CUDA graphs: the passes of a small model are thousands of short kernels, which take the host longer to ask for
-than the device to run. A graph asks for all of them at once."""
+"""Steps as CUDA graphs: the passes of a small model are thousands of short kernels, which take the host longer to ask for
+than the device to run. A graph asks for all of them at once. Training steps are here, decoded tokens in `decoding.py`."""
 
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -20,7 +21,7 @@ class Captured(NamedTuple):
     """A graph, and the tensors that its replays read and write."""
 
     graph: torch.cuda.CUDAGraph
-    ids: Tensor
+    given: list[Tensor]
     result: Tensor
     grads: list[Tensor | None]
 
@@ -28,11 +29,12 @@ class Captured(NamedTuple):
 class Graphed:
     """A function of a batch that adds gradients to parameters, captured as a CUDA graph once batches of one shape have come.
 
-    Only batches that hold nothing but `input_ids` on a CUDA device are captured; others, and steps that cannot be captured (a
-    warning says so), run as they are. Results are those of the function itself: the same kernels in the same order.
+    Only batches that hold nothing but `input_ids`, and perhaps `labels`, on a CUDA device are captured; others, and steps that
+    cannot be captured (a warning says so), run as they are. Results are those of the function itself: the same kernels in the same order.
 
     Args:
-        step: from a batch to a tensor on the device; it must not read the device from the host, and must not keep a graph alive.
+        step: from a batch, and tensors beside it, to a tensor on the device; it must not read the device from the host, and must not
+            keep a graph alive.
         parameters: what it adds gradients to.
         able: False runs every step as it is.
     """
@@ -44,59 +46,49 @@ class Graphed:
         self.seen = 0
         self.captured: Captured | None = None
 
-    def __call__(self, batch: dict[str, Any], *constants: Any) -> Tensor:
-        """`constants` are handed on to the function; another value makes another graph."""
-        key = self._key(batch, constants) if self.able else None
+    def __call__(self, batch: dict[str, Any], *beside: Tensor) -> Tensor:
+        """`beside`: tensors on the batch's device that are handed on to the function, always of the same shapes."""
+        key = self._key(batch) if self.able else None
         if key != self.key:  # the graph goes: another batch needs its memory, and notes what a replay would not note anew
             self.key, self.seen, self.captured = key, 0, None
         if key is None:
-            return self.step(batch, *constants)
+            return self.step(batch, *beside)
         if self.captured is None:
             self.seen += 1
-            if self.seen <= WARM or not self._capture(batch["input_ids"], constants):
-                return self.step(batch, *constants)
+            if self.seen <= WARM or not self._capture(batch, beside):
+                return self.step(batch, *beside)
         assert self.captured is not None
         before = [p.grad for p in self.parameters]
-        self.captured.ids.copy_(batch["input_ids"])
+        for static, x in zip(self.captured.given, (*batch.values(), *beside)):
+            static.copy_(x)
         self.captured.graph.replay()
         self._add(self.captured.grads, before)
         return self.captured.result.clone()
 
-    def _key(self, batch: dict[str, Any], constants: tuple[Any, ...]) -> Any:
+    def _key(self, batch: dict[str, Any]) -> Any:
         """What batches of one graph have in common; None where there can be none."""
-        ids = batch.get("input_ids")
-        if not plain(batch) or not isinstance(ids, Tensor) or ids.device.type != "cuda":
+        if not plain(batch) and set(batch) != {"input_ids", "labels"}:
             return None
-        return (ids.shape, ids.dtype, ids.device, *constants)
+        if not all(isinstance(x, Tensor) and x.device.type == "cuda" for x in batch.values()):
+            return None
+        return tuple((name, x.shape, x.dtype, x.device) for name, x in batch.items())
 
-    def _capture(self, ids: Tensor, constants: tuple[Any, ...]) -> bool:
+    def _capture(self, batch: dict[str, Tensor], beside: tuple[Tensor, ...]) -> bool:
         before = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None  # the graph makes them anew, always in the same place
-        static, graph, device = ids.clone(), torch.cuda.CUDAGraph(), ids.device
-        here, failed = torch.cuda.current_stream(device), None
+        static, values = {name: x.clone() for name, x in batch.items()}, [x.clone() for x in beside]
         try:
-            # torch leaves a capture that was broken off on its stream, and by itself captures on the current device; "thread_local",
-            # as threads that compile or load data may call CUDA meanwhile
-            with torch.cuda.stream(here), torch.cuda.graph(graph, stream=_side(device), capture_error_mode="thread_local"):
-                result = self.step({"input_ids": static}, *constants)
-            self.captured = Captured(graph, static, result, [p.grad for p in self.parameters])
-        except Exception as error:  # a mechanism may read the device, or there is no memory for it
-            if isinstance(error.__context__, KeyboardInterrupt):  # under the error of a capture that it broke off
-                raise error.__context__ from None
-            failed = f"{type(error).__name__}: {error}"
+            graph, result = capture(static["input_ids"].device, lambda: self.step(static, *values))
+            self.captured = Captured(graph, [*static.values(), *values], result, [p.grad for p in self.parameters])
+            return True
+        except NotCaptured as error:
+            self.able, self.key = False, None
+            warnings.warn(f"training without a CUDA graph: {error}", stacklevel=3)
+            return False
         finally:
             for p, grad in zip(self.parameters, before):
                 p.grad = grad
-        if failed is None:
-            return True
-        self.able, self.key = False, None
-        graph.reset()
-        _broken.append(graph)
-        generator = torch.cuda.default_generators[device.index]
-        generator.graphsafe_set_state(generator.clone_state())  # the old one may still wait for the end of the capture
-        warnings.warn(f"training without a CUDA graph: {failed}", stacklevel=2)
-        return False
 
     @torch.no_grad()
     def _add(self, grads: list[Tensor | None], before: list[Tensor | None]) -> None:
@@ -108,6 +100,40 @@ class Graphed:
             self.parameters[i].grad = grad if old is None else old.add_(grad)
 
 
+class NotCaptured(Exception):
+    """A function that cannot be captured; in words, why."""
+
+
+def capture(device: torch.device, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """What `run` asks of a CUDA device as a graph, none of it done yet, and what it returned.
+
+    Raises:
+        NotCaptured: it reads the device, or there is no memory for it. The device can be used as before.
+    """
+    with _one:
+        return _capture(device, run)
+
+
+def _capture(device: torch.device, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    try:
+        # torch leaves a capture that was broken off on its stream, and by itself captures on the current device; "thread_local",
+        # as threads that compile or load data may call CUDA meanwhile
+        with torch.cuda.stream(here), torch.cuda.graph(graph, stream=_side(device), capture_error_mode="thread_local"):
+            result = run()
+        return graph, result
+    except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # under the error of a capture that it broke off
+            raise error.__context__ from None
+        failed = f"{type(error).__name__}: {error}"
+    graph.reset()
+    _broken.append(graph)
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())  # the old one may still wait for the end of the capture
+    raise NotCaptured(failed)
+
+
+_one = threading.Lock()  # threads that serve would capture on one stream, and wait for a device that another's capture lets nobody wait for
 _broken: list[torch.cuda.CUDAGraph] = []  # the allocator may go on asking them whether memory is theirs
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.checks import InputError, compute_dtype, nearest
-from subquad.ops.common import full_precision
+from subquad.ops.common import full_precision, kernels_serve
 
 FeatureMap = Callable[[Tensor], Tensor]
 
@@ -188,9 +188,15 @@ def _project(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @full_precision
-def project_softmax_halves(x: Tensor, weight: Tensor) -> Tensor:
-    """`softmax_halves` of `project_heads`, rounded to `feature_dtype`: ``[B, N, H, 2F]``."""
-    return softmax_halves(_project(x, weight), feature_dtype(x)).flatten(2, 3)
+def project_softmax_halves(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`softmax_halves` of `project_heads`, rounded to `dtype`, by default `feature_dtype`: ``[B, N, H, 2F]``; on a GPU in one pass."""
+    dtype = dtype or feature_dtype(x)
+    if kernels_serve(x, *weight.shape[1:]):
+        from subquad.ops import features  # Triton is imported when it is first needed
+
+        if features.serve(x, weight):
+            return features.softmax_features(x, weight, dtype)
+    return softmax_halves(_project(x, weight), dtype).flatten(2, 3)
 
 
 def feature_map(name: str | FeatureMap | None) -> FeatureMap:

@@ -88,6 +88,8 @@ def config(kernel: str, width: int, bits: int, decay: str, few: bool) -> Config:
 
 CUT = "pass", "heavy", "queries", "keys"  # kernels whose sequences can be cut
 SEGMENT = 16  # chunks in a segment, at least
+# (padded head dim, bits, decay) -> programs that a multiprocessor holds at once, and programs to cut a pass into for each; else 2 and 2
+WAVES = {(128, 16, "none"): (1, 1), (128, 16, "scalar"): (2, 4)}
 _remembering: list[Any] = []
 
 
@@ -103,15 +105,18 @@ def choose(
 ) -> tuple[Config, int]:
     """Parameters for `programs` sequences and heads of `columns`, and into how many segments to cut each, so that the chip is full.
 
-    Few programs get narrower tiles; when that is not enough the pass, which can be cut, is cut.
+    Few programs get narrower tiles, which read q and k once more for each, or, if they would be more than two, the pass is cut.
     """
     slots = processors(device)
     many, few = (config(kernel, width, bits, decay, few=few) for few in (False, True))
-    if programs * cdiv(columns, many.columns) >= 1.5 * slots:
+    tiles, narrow = cdiv(columns, many.columns), cdiv(columns, few.columns)
+    full, wanted = WAVES.get((padded(width), bits, decay), (2, 2)) if kernel in CUT else (2, 2)
+    if programs * tiles >= 0.75 * full * slots:
         return many, 1
-    if kernel not in CUT or programs * cdiv(columns, few.columns) >= 0.75 * slots or chunks < 2 * SEGMENT:
+    narrowed = tiles < narrow <= 2 and programs * narrow >= 0.75 * slots
+    if narrowed or kernel not in CUT or chunks < 2 * SEGMENT:
         return few, 1
-    return many, max(1, min(chunks // SEGMENT, 2 * slots // (programs * cdiv(columns, many.columns))))
+    return many, max(1, min(chunks // SEGMENT, wanted * slots // (programs * tiles)))
 
 
 def use(rows: dict[tuple[str, int, int, str], tuple[Config, Config]]) -> None:

@@ -201,6 +201,31 @@ def test_segments_change_nothing_but_rounding(kind, monkeypatch, request):
     assert max(segments for _, segments in seen) > 1
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("strength", [0.1, 4.0])  # the latter's chunks are risky
+@pytest.mark.parametrize("heads", [1, 2])
+def test_decays_of_channels_flow_through_all_parts_of_a_sequence(packed, strength, heads, monkeypatch):
+    from subquad.ops.linear import channel
+
+    parts = []
+    monkeypatch.setattr(channel, "_parts", lambda *given: parts.append(3) or 3)
+    cu = torch.tensor([0, 3, 70, 70, 400], dtype=torch.int32, device=DEVICE) if packed else None
+    x = make((1, 400, 2, heads, 1, 16, 16), "channel", strength, sequences=4 if packed else None)
+    for got, want in zip(by_kernels(x, cu), by_definition(x, cu), strict=True):
+        assert error(got, want) < 5e-6
+    assert parts == [3]
+
+
+@pytest.mark.parametrize(
+    ("programs", "chunks", "parts"), [(256, 32, 1), (198, 1000, 1), (128, 64, 4), (32, 256, 16), (64, 20, 2), (1, 7, 1)]
+)
+def test_few_programs_get_parts_of_eight_chunks_at_least(programs, chunks, parts, monkeypatch):
+    from subquad.ops.linear import channel
+
+    monkeypatch.setattr(channel, "processors", lambda device: 132)
+    assert channel._parts(programs, chunks, DEVICE) == parts
+
+
 @pytest.mark.parametrize("tokens", [1, 64, 128])
 def test_whole_chunks_and_single_tokens(tokens):
     x = make((1, tokens, 1, 1, 1, 16, 16), "token")

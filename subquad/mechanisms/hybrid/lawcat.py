@@ -25,7 +25,7 @@ from subquad.checks import InputError, compute_dtype
 from subquad.contract import Call, Card, Input, Shape, register
 from subquad.mechanisms.linear.gla import GatedLinearAttention
 from subquad.ops.common import CHUNK, expand_heads
-from subquad.ops.feature_maps import feature_dtype, project_heads, softmax_halves
+from subquad.ops.feature_maps import feature_dtype, project_softmax_halves
 from subquad.ops.linear import linear_sums
 from subquad.ops.short_conv import short_conv
 from subquad.ops.sparse.recent import recent_attention
@@ -121,7 +121,7 @@ class Lawcat(GatedLinearAttention):
 
         fq, q_tail = short_conv(q, self.q_taps, kept=before("q_tail"), cu_seqlens=cu)
         fk, k_tail = short_conv(k, self.k_taps, kept=before("k_tail"), cu_seqlens=cu)
-        fq, fk = (softmax_halves(project_heads(x, self.W), feature_dtype(q)) for x in (fq, fk))
+        fq, fk = (project_softmax_halves(x, self.W, feature_dtype(q)) for x in (fq, fk))
         log_decay = expand_heads(inputs["log_decay"].to(dtype), self.heads)
         total, mass, S = linear_sums(
             fq, fk, v.to(fq.dtype), log_decay=log_decay, initial_state=before("S"), return_state=call.return_state, cu_seqlens=cu

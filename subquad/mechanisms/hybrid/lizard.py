@@ -30,12 +30,12 @@ from torch.nn.functional import logsigmoid
 from subquad.checks import InputError, nearest
 from subquad.contract import Attention, Call, Card, Input, Shape, register
 from subquad.ops.common import CHUNK
-from subquad.ops.feature_maps import exp_halves, feature_dtype, project_heads, softmax_halves
+from subquad.ops.feature_maps import exp_halves, feature_dtype, project_heads, project_softmax_halves
 from subquad.ops.linear import linear_attention
 from subquad.ops.sparse.recent import recent_attention
 from subquad.rotary import Rotary, rotate
 
-FEATURES = {"softmax": softmax_halves, "exp": exp_halves}
+FEATURES = "softmax", "exp"
 SINK_START = -4.0
 
 
@@ -125,7 +125,10 @@ class Lizard(Attention):
 
     def features(self, name: Literal["W_q", "W_k"], x: Tensor) -> Tensor:
         """φ of unturned queries or keys ``[B, N, ·, D]``, in their dtype (float32 for float16): ``[B, N, ·, 2F]``."""
-        return FEATURES[self.feature_map](project_heads(x, self.get_parameter(name)), feature_dtype(x))
+        weight = self.get_parameter(name)
+        if self.feature_map == "softmax":
+            return project_softmax_halves(x, weight)
+        return exp_halves(project_heads(x, weight), feature_dtype(x))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         turned_q, turned_k = rotate(call.rotary if self.window_rotary else None, q, k)

@@ -21,13 +21,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from subquad.checks import InputError, compute_dtype
 from subquad.contract import Attention, Call, Card, Shape, register
 from subquad.ops.common import expand_heads
 from subquad.ops.feature_maps import project_softmax_halves
 from subquad.ops.linear import linear_sums
+from subquad.ops.merge import merge_sums
 from subquad.ops.sparse import Layout, sparse_attention
 from subquad.ops.sparse.recent import Near, attend_behind, kept_positions
 from subquad.ops.sparse.ring import store
@@ -170,14 +170,9 @@ class Lolcats(Attention):
         w = self.window
         return position - w + 1 if self.window_form == "sw" else (position // w - 1) * w
 
-    def combine(self, near: Near, far: Tensor, mass: Tensor) -> Tensor:
-        """One normaliser over the window's (o, lse, max) and the past's sums ``[B, N, H, V]`` and weights ``[B, N, H, 1]``."""
-        o, lse, top = near
-        g = self.window_factor.to(lse.dtype).sigmoid()
-        near_mass = (g * (lse - top).exp())[..., None]
-        weight = (1 - g)[:, None] if self.affine_factors else 1
-        share = (near_mass + weight * mass).reciprocal()  # not a division of the sums, whose gradient takes more passes over them
-        return near_mass * share * o + weight * share * far
+    def combine(self, near: Near, far: Tensor, mass: Tensor, dtype: torch.dtype) -> Tensor:
+        """One normaliser over the window's (o, lse, max) and the past's sums ``[B, M, H, V]`` and weights ``[B, M, H, 1]``."""
+        return merge_sums(near, far, mass, self.window_factor, affine=self.affine_factors, dtype=dtype)
 
 
 def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:
@@ -201,7 +196,7 @@ def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tup
         near = attend_behind(*module.near(q, joined[0]), joined[1], module.layout, stream, length, module.sinks)
     past = sliding_past if module.window_form == "sw" else terrace_past
     far, mass, sums = past(module, q, *joined, stream, length, sums, cu)
-    o = module.combine(near, far, mass).to(q.dtype)
+    o = module.combine(near, far, mass, q.dtype)
     if not call.return_state:
         return o, None
     kept = [stream.last(x, module.held - module.sinks) for x in joined]
@@ -220,8 +215,7 @@ def from_start(
     past = slice(sinks, sinks + late)
     fq, fk = module.features("W_q", q[:, w + sinks :]), module.features("W_k", k[:, past])
     far, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
-    first = (0, 0, 0, 0, n - late, 0)
-    o = module.combine(near, pad(far, first), pad(mass, first)).to(q.dtype)
+    o = module.combine(near, far, mass, q.dtype)
     if not return_state:
         return o, None
     empty = [x.new_zeros(x.shape[0], max(0, sinks - n) + max(0, w - n), *x.shape[2:]) for x in (k, v)]
@@ -306,7 +300,7 @@ def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tupl
     layout = module.layout(1, module.held + 1)
     near = sparse_attention(wide_q, wide_k, wide_v, layout, q_pos=length, k_pos=k_pos, return_lse=True, return_max=True)
     far = (module.features("W_q", q).to(dtype).transpose(1, 2) @ sums).transpose(1, 2)
-    o = module.combine(near, far[..., :-1], far[..., -1:]).to(q.dtype)
+    o = module.combine(near, far[..., :-1], far[..., -1:], q.dtype)
     if not sinks:
         return o, {"S": sums, "k": k[:, 1:], "v": v[:, 1:]}
     here = (torch.arange(sinks, device=q.device) == length)[..., None, None]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from subquad.checks import InputError, nearest
 from subquad.contract import Attention, Call, Card, Shape, register
 from subquad.ops.common import expand_heads
-from subquad.ops.feature_maps import exp_halves, feature_dtype, project_heads, softmax2, softmax_halves
+from subquad.ops.feature_maps import exp_halves, feature_dtype, project_heads, project_softmax_halves, softmax2, softmax_halves
 from subquad.ops.linear import linear_attention
 from subquad.ops.moments import moment_attention
 from subquad.rotary import Rotary, rotate
@@ -98,6 +98,8 @@ class Hedgehog(Attention):
 
     def features(self, name: Literal["q", "k"], x: Tensor) -> Tensor:
         """φ of (rotated) queries or keys ``[B, N, heads, D]``, in their dtype (float32 for float16): ``[B, N, heads, 2F]``."""
+        if self.feature_map == "softmax":
+            return project_softmax_halves(x, getattr(self, f"W_{name}"))
         y = project_heads(x, getattr(self, f"W_{name}"), getattr(self, f"b_{name}"))
         return FEATURES[self.feature_map](y, feature_dtype(x))
 

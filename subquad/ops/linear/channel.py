@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from subquad.ops.common import CHUNK, by_rows, cdiv, padded
+from subquad.ops.launch import processors
 from subquad.ops.launcher import launcher
 from subquad.ops.linear.launch import Decays, chunks, count_sequences, slots
 from subquad.ops.linear.pairs import pairs_backward_kernel, pairs_kernel
-from subquad.ops.linear.weigh import unweigh_kernel, weigh_kernel
+from subquad.ops.linear.weigh import carry_kernel, unweigh_kernel, weigh_kernel
 
 
 class Weighed(NamedTuple):
@@ -69,15 +70,29 @@ def unweigh(
     if at_end is None and dg is not None:
         at_end = aq.new_zeros(sequences, heads, width)
     tile = min(64 if total == heads else 32, padded(width))  # groups are walked head by head, which more programs make up for
-    if aq.numel():
-        launcher(
-            unweigh_kernel, H=total, HS=heads, D=width, BT=tile, C=CHUNK, GATE=dg is not None, PACKED=cu is not None, STAGES=2,
-            num_warps=4, **_exact(dq),
-        )(
-            (sequences, heads, cdiv(width, tile)),
-            (g, cu, weighed.q, weighed.k, aq, ak, weighed.tensors()[3], at_end, dq, dk, dg),
-            g.stride()[:3], (aq.shape[1], scale),
-        )  # fmt: skip
+    if not aq.numel():
+        return
+    tiles = cdiv(width, tile)
+    parts = _parts(sequences * heads * tiles, cdiv(aq.shape[1], CHUNK), aq.device)
+    sums = aq.new_empty(sequences, heads, parts, width) if parts > 1 and dg is not None else None
+    launcher(
+        unweigh_kernel, H=total, HS=heads, D=width, BT=tile, C=CHUNK, GATE=dg is not None, CUT=sums is not None, PACKED=cu is not None,
+        STAGES=2, num_warps=4, **_exact(dq),
+    )(
+        (sequences, heads, tiles * parts),
+        (g, cu, weighed.q, weighed.k, aq, ak, weighed.tensors()[3], at_end, sums, dq, dk, dg),
+        g.stride()[:3], (aq.shape[1], parts, scale),
+    )  # fmt: skip
+    if sums is not None:
+        launcher(carry_kernel, HS=heads, D=width, BD=padded(width), C=CHUNK, PACKED=cu is not None, num_warps=4)(
+            (sequences, heads, parts - 1), (sums, cu, dg), (), (aq.shape[1], parts)
+        )
+
+
+def _parts(programs: int, chunks: int, device: torch.device) -> int:
+    """Parts of a sequence for `unweigh`, so that few programs fill the chip."""
+    slots = processors(device)
+    return 1 if programs >= 1.5 * slots else max(1, min(chunks // PART, 4 * slots // programs))
 
 
 def pairs(a: Tensor, b: Tensor, c: Tensor, g: Tensor, decay: Decays, o: Tensor, *, cu: Tensor | None, reverse: bool, scale: float) -> None:
@@ -115,6 +130,7 @@ def pairs_backward(
         )  # fmt: skip
 
 
+PART = 8  # chunks in a part, at least
 LOOK = 16  # chunks that a program of the pairs looks through: most have nothing to do
 
 

@@ -68,13 +68,13 @@ def add_pairs(acc, scores, p, kept, tc, source, EXACT: tl.constexpr, MT: tl.cons
 
 @triton.jit(do_not_specialize=["N", "segments", "scale", "start_scale"])
 def pass_kernel(
-    a, b, c, x, w, add, P, risky, cu, start, o, more, final, dots, totals,
+    a, b, c, x, w, add, P, risky, cu, start, o, more, final, dots, parts, totals,
     sa_b, sa_h, sb_b, sb_h, sc_b, sc_h, sx_b, sx_h, N, segments, scale, start_scale,
     sa_n: tl.constexpr, sb_n: tl.constexpr, sc_n: tl.constexpr, sx_n: tl.constexpr,
     H: tl.constexpr, GA: tl.constexpr, GB: tl.constexpr, GC: tl.constexpr, GX: tl.constexpr, GP: tl.constexpr, GS: tl.constexpr,
     ONCE: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr,
-    FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, ALL: tl.constexpr, MORE: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
+    DECAY: tl.constexpr, EXACT: tl.constexpr, OTHER: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr, CUT: tl.constexpr,
+    FINAL: tl.constexpr, LEFT: tl.constexpr, OUT: tl.constexpr, MORE: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
     SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One pass over one segment of one sequence, for one head and one tile of columns.
@@ -88,23 +88,24 @@ def pass_kernel(
         risky: per channel, marks of the chunks whose pairs are left out.
         EXACT: per token, weigh pairs one by one, not by products, which overflow where a chunk decays much.
         OTHER: leave each segment for which that is not the way to the other launch.
-        start, final: states ``[sequences, heads, segments, D, V]`` before and after. Heads of a group of GS share one; with
-            ONCE, as for gradients, the start enters the first of a group, and each head has its own final.
+        start, final: states ``[sequences, heads, D, V]`` before and after. Heads of a group of GS share one; with ONCE, as for
+            gradients, the start enters the first of a group, and each head has its own final.
+        parts: what each segment but the last adds to the state, ``[sequences, heads, segments, D, V]``: written without OUT, and with
+            CUT, of several segments, added up by those that come later. Heads share it as `final`.
         LEFT: per token, weigh and round b, not c, where they enter the state, as the row sums of the backward do: what a final
             state adds to the decays' gradient then cancels with them.
         dots: with DOT ``[B, H, tiles, N]``: Σ over the tile's columns of o·x, without `add` (in float32 also without s = t), and of more·c.
-        ALL: without OUT, add up the last segment too, which only a final state asks for.
-        totals: without OUT, the decay over the segment, as log2 ``[sequences, H, segments, 1, D or V]``.
+        totals: beside `parts`, the decay over the segment, as log2 ``[sequences, heads, segments, D or V]``.
         SPLIT: read the state in two parts of MT, as the gradient of decays needs: between q·q̇ and k·k̇ much cancels, and
             rounding would add up. For that x is also weighed and rounded as the other direction's sources are.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)  # one axis holds all: the others end at 65,535; tiles of a head are neighbours
-    i_v, i_s = program % TILES, program // TILES % segments
-    if not OUT and not ALL:  # noqa: SIM102
-        if i_s == (0 if REVERSE else segments - 1):
-            return
-    i_qh = program // (TILES * segments)
+    here_segments = segments if OUT else segments - 1
+    i_v, i_s = program % TILES, program // TILES % here_segments
+    if REVERSE and not OUT:
+        i_s += 1
+    i_qh = program // (TILES * here_segments)
     i_q, i_h = i_qh // H, (i_qh % H).to(tl.int64)
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
     chunks = tl.cdiv(n, C)
@@ -138,7 +139,7 @@ def pass_kernel(
     if ADD:
         add += here * V
     if DECAY >= TOKEN:
-        slots = count_slots(N, tl.num_programs(0) // (TILES * segments * H), C, PACKED)
+        slots = count_slots(N, tl.num_programs(0) // (TILES * here_segments * H), C, PACKED)
         slot = (i_b * (H // GP) + i_h // GP) * slots + begin // C + (i_q if PACKED else 0) + i_s * per
         P += slot.to(tl.int64) * PW
     if DECAY >= CHANNEL:
@@ -154,10 +155,19 @@ def pass_kernel(
     S = tl.zeros([BD, BV], tl.float32)
     cell = ds[:, None] * V + vs[None, :]
     inside = (ds < D)[:, None] & (vs < V)[None, :]
+    shared = i_q * (H // GS) + i_h // GS
+    state = (i_q * H + i_h if ONCE else shared).to(tl.int64)
     if START:
         mask = inside & (i_h % GS == 0) if ONCE else inside
-        at = ((i_q * (H // GS) + i_h // GS) * segments + i_s).to(tl.int64) * (D * V)
-        S += tl.load(start + at + cell, mask=mask, other=0.0) * start_scale
+        S += tl.load(start + shared.to(tl.int64) * (D * V) + cell, mask=mask, other=0.0) * start_scale
+    if CUT:
+        for i in range(0, segments - 1 - i_s if REVERSE else i_s):
+            at = state * segments + (segments - 1 - i if REVERSE else i)
+            if DECAY == CHANNEL:
+                S *= tl.exp2(tl.load(totals + at * D + ds, mask=ds < D, other=0.0))[:, None]
+            elif DECAY:
+                S *= tl.exp2(tl.load(totals + at * V + vs, mask=vs < V, other=0.0))[None, :]
+            S += tl.load(parts + at * (D * V) + cell, mask=inside, other=0.0)
     if not OUT:
         passed = tl.zeros([BD if DECAY == CHANNEL else BV], tl.float32)
 
@@ -268,44 +278,15 @@ def pass_kernel(
             passed += p if DECAY >= CHANNEL else total.to(tl.float32)
 
     if FINAL:
-        if ONCE or not OUT:
-            at, mask = ((i_q * H + i_h) * segments + i_s).to(tl.int64), inside
-        else:
-            at, mask = ((i_q * (H // GS) + i_h // GS) * segments + i_s).to(tl.int64), inside & (i_h % GS == 0)
-        tl.store(final + at * (D * V) + cell, S, mask=mask)
-    if not OUT and DECAY:
-        at = ((i_q * H + i_h) * segments + i_s).to(tl.int64)
+        mask = inside if ONCE else inside & (i_h % GS == 0)
+        tl.store(final + state * (D * V) + cell, S, mask=mask & (i_s == (0 if REVERSE else segments - 1)))
+    if not OUT:
+        at = state * segments + i_s
+        tl.store(parts + at * (D * V) + cell, S, mask=inside)
         if DECAY == CHANNEL:
             tl.store(totals + at * D + ds, passed, mask=(ds < D) & (i_v == 0))
-        else:
-            tl.store(totals + at * V + vs, passed, mask=vs < V)
-
-
-@triton.jit(do_not_specialize=["segments", "start_scale"])
-def join_kernel(
-    states, totals, start, final, segments, start_scale, H: tl.constexpr, GS: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What each segment adds, ``[sequences, H, segments, D, V]``, becomes, in place, the state it starts from."""
-    i_qh, i_c = tl.program_id(0), tl.program_id(1)
-    cell = i_c * BLOCK + tl.arange(0, BLOCK)
-    inside = cell < D * V
-    S = tl.zeros([BLOCK], tl.float32)
-    if START:  # it enters the first head of a group
-        mask = inside & (i_qh % H % GS == 0)
-        S += tl.load(start + (i_qh // GS).to(tl.int64) * (D * V) + cell, mask=mask, other=0.0) * start_scale
-    for i in range(0, segments):
-        at = (i_qh * segments + (segments - 1 - i if REVERSE else i)).to(tl.int64)
-        known = inside if FINAL else inside & (i + 1 < segments)
-        added = tl.load(states + at * (D * V) + cell, mask=known, other=0.0)
-        tl.store(states + at * (D * V) + cell, S, mask=inside)
-        if DECAY == CHANNEL:
-            S *= tl.exp2(tl.load(totals + at * D + cell // V, mask=known, other=0.0))
         elif DECAY:
-            S *= tl.exp2(tl.load(totals + at * V + cell % V, mask=known, other=0.0))
-        S += added
-    if FINAL:
-        tl.store(final + i_qh.to(tl.int64) * (D * V) + cell, S, mask=inside)
+            tl.store(totals + at * V + vs, passed, mask=vs < V)
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -133,20 +133,19 @@ def linear_pass(
     tensors = a, b, c, x, more, add, decay.values, decay.risky, cu
     if plan.segments == 1:
         for launch in plan.run:
-            launch(plan.grid, (*tensors, start, o, second, last, sums, None), by, (tokens, 1, scale, start_scale))
+            launch(plan.grid, (*tensors, start, o, second, last, sums, None, None), by, (tokens, 1, scale, start_scale))
         return Passed(o, last, sums, second)
     states = torch.empty(sequences, plan.state_heads, plan.segments, width, columns, dtype=torch.float32, device=device)
     channels = width if decay.kind == "channel" and not column else columns
     totals = torch.empty(*states.shape[:3], channels, dtype=torch.float32, device=device) if decay.values is not None else None
-    plan.add(plan.add_grid, (*tensors, None, None, None, states, None, totals), by, (tokens, plan.segments, scale, 1.0))
-    plan.join(plan.join_grid, (states, totals, start, last), (), (plan.segments, start_scale))
+    plan.add(plan.add_grid, (*tensors, None, None, None, None, None, states, totals), by, (tokens, plan.segments, scale, 1.0))
     for launch in plan.run:
-        launch(plan.grid, (*tensors, states, o, second, None, sums, None), by, (tokens, plan.segments, scale, 1.0))
+        launch(plan.grid, (*tensors, start, o, second, last, sums, states, totals), by, (tokens, plan.segments, scale, start_scale))
     return Passed(o, last, sums, second)
 
 
 class _Plan(NamedTuple):
-    """The launches of a pass; where it is cut into segments, they first add and join."""
+    """The launches of a pass; where it is cut into segments, all but the last are first added up."""
 
     segments: int
     tiles: int
@@ -155,8 +154,6 @@ class _Plan(NamedTuple):
     grid: Grid
     add: Launcher
     add_grid: Grid
-    join: Launcher
-    join_grid: Grid
 
 
 @remembered
@@ -177,24 +174,17 @@ def _plan(
     def launch(n: int, grouped: int, out: bool, **way: bool) -> Launcher:
         per_head = dict(zip(("GA", "GB", "GC", "GX", "GP"), (max(1, n // x) for x in (a_heads, b_heads, c_heads, x_heads, decay_heads))))
         return launcher(
-            kernels.pass_kernel, **rows_by, H=n, **per_head, GS=grouped, ONCE=once and whole and (started or final), D=width, V=columns,
-            BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, **way, REVERSE=reverse, START=out and (started or not whole),
-            FINAL=(final and whole) or not out, LEFT=left and bf16 and kind == 1, OUT=out, ALL=out or final, MORE=more, ADD=out and add,
-            DOT=out and dots, SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16,
-            IP="tf32x3" if dtype == torch.float32 else "tf32", num_warps=rows.warps, num_stages=rows.stages,
+            kernels.pass_kernel, **rows_by, H=n, **per_head, GS=grouped, ONCE=once and (started or final or not whole), D=width, V=columns,
+            BD=padded(width), BV=tile, C=CHUNK, DECAY=kind, **way, REVERSE=reverse, START=out and started, CUT=out and not whole,
+            FINAL=out and final, LEFT=left and bf16 and kind == 1, OUT=out, MORE=more, ADD=out and add, DOT=out and dots,
+            SPLIT=out and split and bf16, PACKED=packed, WIDE=dtype == torch.float16, IP="tf32x3" if dtype == torch.float32 else "tf32",
+            num_warps=rows.warps, num_stages=rows.stages,
         )  # fmt: skip
 
-    block = 1024
-    join = launcher(
-        kernels.join_kernel, H=state_heads, GS=group if once else 1, D=width, V=columns, DECAY=kind, REVERSE=reverse,
-        START=started, FINAL=final, BLOCK=block, num_warps=4,
-    )  # fmt: skip
     return _Plan(
-        segments, tiles, state_heads,
-        [launch(heads, group if whole or not once else 1, True, **way) for way in ways(kind == 1, both)],
-        (tiles * segments * sequences * heads, 1, 1),
-        launch(state_heads, 1, False, EXACT=False, OTHER=False), (tiles * segments * sequences * state_heads, 1, 1),
-        join, (sequences * state_heads, cdiv(width * columns, block), 1),
+        segments, tiles, state_heads, [launch(heads, group, True, **way) for way in ways(kind == 1, both)],
+        (tiles * segments * sequences * heads, 1, 1), launch(state_heads, 1, False, EXACT=False, OTHER=False),
+        (tiles * (segments - 1) * sequences * state_heads, 1, 1),
     )  # fmt: skip
 
 

@@ -78,29 +78,39 @@ def weigh_kernel(
         store_tile(q_hat + ((i_b * N + first) * H + i_h) * D, H * D, rows, left, ds, D, BD, tq * weight)
 
 
-@triton.jit(do_not_specialize=["N", "scale"])
+@triton.jit
+def part(chunks, parts, i):
+    """The chunks of part i of a sequence; the last parts of a short one are empty."""
+    per = tl.cdiv(chunks, parts)
+    return tl.minimum(i * per, chunks), tl.minimum((i + 1) * per, chunks)
+
+
+@triton.jit(do_not_specialize=["N", "parts", "scale"])
 def unweigh_kernel(
-    g, cu, q_hat, k_hat, aq, ak, risky, at_end, dq, dk, dg, sg_b, sg_n, sg_h, N, scale,
+    g, cu, q_hat, k_hat, aq, ak, risky, at_end, sums, dq, dk, dg, sg_b, sg_n, sg_h, N, parts, scale,
     H: tl.constexpr, HS: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
-    EXACT: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
+    EXACT: tl.constexpr, GATE: tl.constexpr, CUT: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """From the passes' aq, ak ``[B, N, H, D]`` to q̇, k̇ ``[B, N, H, D]`` and with GATE ġ ``[B, N, HS, D]``.
 
     dq, dk and dg hold what the pairs of risky chunks gave. A program walks one tile of channels of one head of the state from
-    the end, and sums Ġ on its way, from `at_end` ``[sequences, HS, D]`` on.
+    the end, and sums Ġ on its way, from `at_end` ``[sequences, HS, D]`` on. With CUT it walks one of so many parts of the sequence,
+    and writes the part's own sum to `sums` ``[sequences, HS, parts, D]``, for `carry_kernel`.
     """
     i_q, i_s, i_t = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_p, i_t = i_t % parts, i_t // parts
     i_b, begin, n = sequence(cu, i_q, N, PACKED)
     rows, ds = by_runs(C), i_t * BT + tl.arange(0, BT)
     DP: tl.constexpr = BT if D % BT else D
     g += i_b * sg_b + begin * sg_n + i_s * sg_h
     slots = count_slots(N, tl.num_programs(0), C, PACKED)
     risky += (i_b * HS + i_s) * slots + begin // C + (i_q if PACKED else 0)
-    if GATE:
-        carry = tl.load(at_end + (i_q * HS + i_s) * D + ds, mask=ds < D, other=0.0)
     chunks = tl.cdiv(n, C)
-    for i in tl.range(0, chunks, num_stages=STAGES):
-        j = chunks - 1 - i
+    low, high = part(chunks, parts, i_p)
+    if GATE:
+        carry = tl.load(at_end + (i_q * HS + i_s) * D + ds, mask=(ds < D) & (i_p == parts - 1), other=0.0)
+    for i in tl.range(low, high, num_stages=STAGES):
+        j = low + high - 1 - i
         left = n - j * C
         first = (j * C).to(tl.int64)
         through, after, _ = load_decays(g + first * sg_n, sg_n, rows, left, ds, D, DP, EXACT)
@@ -123,6 +133,27 @@ def unweigh_kernel(
                 tq = load_tile(q_hat + here, H * D, rows, left, ds, D, DP).to(tl.float32)
                 flow += tq * x - tk * y
         if GATE:
-            sums = running(flow, True) + carry[None, :]
-            store_tile(dg + (at * HS + i_s) * D, HS * D, rows, left, ds, D, DP, sums)
+            through = running(flow, True) + carry[None, :]
+            store_tile(dg + (at * HS + i_s) * D, HS * D, rows, left, ds, D, DP, through)
             carry += tl.sum(flow, 0)
+    if GATE and CUT:
+        tl.store(sums + ((i_q * HS + i_s) * parts + i_p) * D + ds, carry, mask=ds < D)
+
+
+@triton.jit(do_not_specialize=["N", "parts"])
+def carry_kernel(
+    sums, cu, dg, N, parts,
+    HS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Add to ġ of every part but the last what flows in from those after it."""
+    i_q, i_s, i_p = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_b, begin, n = sequence(cu, i_q, N, PACKED)
+    rows, ds = tl.arange(0, C), tl.arange(0, BD)
+    carry = tl.zeros([BD], tl.float32)
+    for i in range(i_p + 1, parts):
+        carry += tl.load(sums + ((i_q * HS + i_s) * parts + i) * D + ds, mask=ds < D, other=0.0)
+    low, high = part(tl.cdiv(n, C), parts, i_p)
+    for j in range(low, high):
+        here = dg + ((i_b * N + begin + j * C) * HS + i_s) * D
+        tile = load_tile(here, HS * D, rows, n - j * C, ds, D, BD)
+        store_tile(here, HS * D, rows, n - j * C, ds, D, BD, tile + carry[None, :])

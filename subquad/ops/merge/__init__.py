@@ -1,6 +1,8 @@
 """`merge`: joins softmax attention over disjoint sets of keys into attention over their union, exactly.
 
 m_i = w_i exp(lse_i) ,   o = Σ_i m_i o_i / Σ_i m_i ,   lse = log Σ_i m_i
+
+`merge_sums` joins softmax attention over some keys and sums over others.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from subquad.checks import InputError, compute_dtype, shape_of
+from subquad.ops.common import kernels_serve
 from subquad.ops.merge.reference import merge_reference
 
-__all__ = ["merge", "merge_reference"]
+__all__ = ["merge", "merge_reference", "merge_sums"]
 
 WIDEST = 60.0  # exponents are held below this; only a part of weight 0 could pass it
 
@@ -48,6 +52,42 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor | flo
     o = (share[..., None] * torch.stack([o.to(dtype) for o, _ in parts])).sum(0)
     lse = (unit + total.where(seen, 1.0).log()).where(seen, -torch.inf)
     return o.to(parts[0][0].dtype), lse
+
+
+def merge_sums(
+    near: tuple[Tensor, Tensor, Tensor], far: Tensor, mass: Tensor, factor: Tensor, *, affine: bool, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """One normaliser over softmax attention, relative to its greatest score, and over sums of other keys.
+
+        m = g exp(lse − max)      o = (m o_near + w far) / (m + w mass)      g = sigmoid(factor),  w = 1 − g if affine, else 1
+
+    Args:
+        near: o ``[B, N, H, V]``, and lse and max of its scores ``[B, N, H]``.
+        far: sums of values ``[B, M, H, V]`` of the last M ≤ N tokens, the others having none.
+        mass: sums of the weights of far ``[B, M, H, 1]``.
+        factor: ``[H]``.
+
+    Returns:
+        o ``[B, N, H, V]`` in `dtype`, computed in float32 (float64 for float64).
+
+    Raises:
+        InputError: far has more tokens than o.
+    """
+    if far.shape[1] > near[0].shape[1]:
+        raise InputError("far", shape_of(far), f"at most the {near[0].shape[1]} tokens of o")
+    if kernels_serve(far, far.shape[3]) and near[1].dtype != torch.float64:
+        from subquad.ops.merge import fused  # Triton is imported when it is first needed
+
+        return fused.merge_sums(*near, far, mass[..., 0], factor, affine, dtype)
+    o, lse, top = near
+    missing = o.shape[1] - far.shape[1]
+    if missing:
+        far, mass = pad(far, (0, 0, 0, 0, missing, 0)), pad(mass, (0, 0, 0, 0, missing, 0))
+    g = factor.to(lse.dtype).sigmoid()
+    near_mass = (g * (lse - top).exp())[..., None]
+    weight = (1 - g)[:, None] if affine else 1
+    share = (near_mass + weight * mass).reciprocal()  # not a division of the sums, whose gradient takes more passes over them
+    return (near_mass * share * o + weight * share * far).to(dtype)
 
 
 def _weight(weight: Any, lse: Tensor) -> Tensor:

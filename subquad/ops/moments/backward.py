@@ -42,7 +42,8 @@ def apply_back_kernel(
     sq_n: tl.constexpr, sd_n: tl.constexpr, H: tl.constexpr, GQ: tl.constexpr, GM: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     MAP: tl.constexpr, HALVES: tl.constexpr, TURN: tl.constexpr, NORMAL: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
-    OUT: tl.constexpr, TWICE: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, IP: tl.constexpr,
+    OUT: tl.constexpr, TWICE: tl.constexpr, MORE: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `apply_kernel`.
 
@@ -50,9 +51,9 @@ def apply_back_kernel(
         do: o's gradient ``[B, N, H, V]``, by strides.
         dq: with OUT ``[B, N, H, D]``, contiguous.
         grads: with SUMS ``[rows, H, splits, L]``, for `combine_kernel`.
-        TWICE: of the two passes of a global query, SUMS and OUT each in its own.
+        TWICE: in two passes, SUMS and OUT each in its own.
         terms: with TWICE ``[B, N, H, 2]``, α of each token and the gradient of what its scores sum to: SUMS writes them, OUT reads them.
-        more: with TWICE and OUT ``[rows, H, parts, F]``, to be summed over parts: a gradient of the mean of φ(q).
+        more: with MORE ``[rows, H, parts, F]``, to be summed over parts: a gradient of the mean of φ(q).
     """
     program = tl.program_id(0)
     i_s, i_qh = program % splits, program // splits
@@ -78,7 +79,7 @@ def apply_back_kernel(
     if TWO:
         read_second, rest_second = in_parts(tl.trans(load_matrix(record, ch, vs, D, V, True) * by), MT, SPLIT)
     extra, extra_second = z * 0, z * 0
-    if OUT and TWICE:
+    if MORE:
         more += (i_q * H + i_h) * parts * F
         extra = add_parts(more, parts, F, ch, ch < D) / tl.maximum(n, 1)
         if TWO:
@@ -129,7 +130,7 @@ def apply_back_kernel(
                 dM_second = tl.dot(tl.trans(turn(part * alpha[:, None], c, s, TURN).to(MT)), td.to(MT), dM_second, input_precision=IP)
         if OUT:
             d_phi = back * alpha[:, None] + dt[:, None] * own_z
-            if TWICE:
+            if MORE:
                 d_phi += pick(x, extra[None, :], extra_second[None, :], TWO)
             store_tile(dq + at * (H * D), H * D, rows, left, ch, D, BD, feature_back(x, phi, d_phi, MAP))
     if SUMS:

@@ -87,21 +87,22 @@ def backward(
     assert on is not None
     keys = any(needed[name] for name in ("k", "v", "query", "logits", "factors")) or (averaged and needed["q"])
     found: dict[str, Tensor | None] = {"record": d_record}
-    terms = run.empty(run.batch, run.q_tokens, run.heads, 2) if averaged and needed["q"] else None
-    if x.q is not None and do is not None:
-        sums = keys or needed["record"]
-        if sums or not averaged:
-            found["q"], of_record = run.apply_back(x, do, on, None, terms, sums=sums, out=needed["q"] and not averaged)
-            found["record"] = of_record if d_record is None or of_record is None else d_record + of_record
+    sums = keys or needed["record"]
+    # the mean of φ(q) has a gradient that comes last; and sums of two signs leave no registers for anything beside them
+    apart = averaged or (sums and q_map in TWO_SIGNS)
+    terms = run.empty(run.batch, run.q_tokens, run.heads, 2) if apart and needed["q"] else None
+    if x.q is not None and do is not None and (sums or not averaged):
+        found["q"], of_record = run.apply_back(x, do, on, None, terms, sums=sums, out=needed["q"] and not apart)
+        found["record"] = of_record if d_record is None or of_record is None else d_record + of_record
     grads = found["record"]
     if x.k is not None and keys:
         assert grads is not None
         found |= run.gather_back(x, on, grads.contiguous(), kept[0] if averaged else query, kept[-1] if kept else None)
-        if averaged and needed["q"] and do is not None:
-            found["q"] = run.apply_back(x, do, on, found["query"], terms, sums=False, out=True)[0]
         of_query = found.get("query")
         if query is not None and of_query is not None:
             found["query"] = of_query.sum(2).unflatten(1, (query.shape[1], -1)).sum(2)
+    if apart and needed["q"] and x.q is not None and do is not None:
+        found["q"] = run.apply_back(x, do, on, found["query"] if averaged else None, terms, sums=False, out=True)[0]
     results = []
     for name, wanted, tensor in zip(LEARNED, need, x):
         grad = found.get(name)

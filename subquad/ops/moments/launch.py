@@ -148,7 +148,8 @@ class Plan:
         self, kernel: Any, name: str, heads: int, constants: dict[str, Any], strides: tuple[int, ...], tokens: int, *plain: Any
     ) -> Launch:  # fmt: skip
         """`plain` is what follows the tokens and runs among the kernel's plain numbers."""
-        way = "signs" if self.same["TWO"] else "turned" if constants.get("TURN") else "none"
+        turned, signs = bool(constants.get("TURN")), self.same["TWO"]
+        way = ("signs, turned" if turned else "signs") if signs else "turned" if turned else "none"
         tile = row(name, way, max(padded(self.size.F), padded(self.size.V)), bits_of(self.dtype))
         each = max(1, self.rows * heads)
         count = max(1, min(runs(name, each, processors(self.device)), cdiv(self.row_tokens, 2 * tile.columns)))
@@ -225,7 +226,8 @@ class Plan:
         strides = (*self._across("q", "do"), *self._row_stride("q_cos"))
         found = {}
         for sums, out, twice in ((True, True, False), (True, False, False), (True, False, True), (False, True, True), (False, True, False)):
-            constants = {**self._query_constants(), **self._steps("do"), "SUMS": sums, "OUT": out, "TWICE": twice}
+            more = out and twice and self.how.averaged
+            constants = {**self._query_constants(), **self._steps("do"), "SUMS": sums, "OUT": out, "TWICE": twice, "MORE": more}
             told = (self.gather_back_launch.runs if twice and self.kinds["k"] is not None else 1, self.how.scale, self.how.eps)
             name = "apply_back_both" if sums and out else "apply_back" if sums else "apply_back_out"
             kernel = backward.apply_back_kernel

@@ -153,7 +153,7 @@ def _start(run: Mapping[str, Any], good: Sequence[Mapping[str, Any]]) -> float |
 RATES = {"transfer_lr": "transfer at", "tune_lr": "tuning at", "share": "transfer's share"}  # asked for instead of the recipes' own
 QUALITY = ["recipe", "seeds", "tokens tuned", "swapped", "transferred", "in the end", "gap closed by transfer", "in all", "other text"]
 COSTS = ["recipe", "runs at once", "kept at 64k tokens", "new parameters", "transfer", "peak", "fine-tuning", "peak"]
-OTHERS = ["recipe", "seed", "settings", "in the end", "gap closed by transfer", "in all", "recall, right number likeliest"]
+OTHERS = ["recipe", "seed", "settings", "in the end", "gap closed by transfer", "in all", "other text", "recall, right number likeliest"]
 
 
 def end(run: Mapping[str, Any], text: str = "book") -> float:
@@ -227,7 +227,7 @@ def _other(run: dict[str, Any], main: Mapping[str, Any], original: float | None)
     found = {key: value for key, value in settings_of(run).items() if main.get(key) != value}
     differs = ", ".join("other texts to measure on" if key == "held_out" else f"{key} {value}" for key, value in found.items())
     cells = _quality([run], original)
-    return [run["label"], str(run["seed"]), differs, *cells[3:6], cells[7]]
+    return [run["label"], str(run["seed"]), differs, *cells[3:8]]
 
 
 def latest(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:

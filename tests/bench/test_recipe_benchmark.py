@@ -128,7 +128,7 @@ def test_tables_say_what_was_measured(parts):
     assert best[:5] == ["lolcats", "2", "3 M", "54.60 ± 0.00", f"{mean:.2f} ± {deviation:.2f}"]
     assert best[5:] == ["25.79 ± 0.00", "38 % ± 18 %", "75 % ± 0 %", "7.39 ± 0.00", "50 %", "25 %"]
     assert alone[0] == "lolcats without its linear part" and alone[5] == "42.52 ± 0.00" and alone[7] == "25 % ± 0 %"
-    assert made["Recipes with other settings"]["rows"] == [["lolcats", "0", "tune_lr 0.001", "22.76", "50 %", "88 %", "50 %"]]
+    assert made["Recipes with other settings"]["rows"] == [["lolcats", "0", "tune_lr 0.001", "22.76", "50 %", "88 %", "7.39", "50 %"]]
     assert made["What failed"]["rows"] == [["liger", "recipe", "0", "ValueError: no"]]
     costs = made["What the recipes cost, 6 M tokens each"]["rows"][1]
     assert costs == ["lolcats", "1", "1 MiB", "1,000", "50 s, 60,000 tokens/s", "2 GiB", "50 s, 60,000 tokens/s", "2 GiB"]

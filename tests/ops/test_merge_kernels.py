@@ -82,6 +82,12 @@ def test_strided_inputs():
     compare(given, True)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_factors_of_any_stride(shared):
+    """One number for all heads, or every other of twice as many."""
+    compare(make(heads=5) | {"factor": torch.randn(1).expand(5) if shared else torch.randn(5, 2)[:, 0]}, True)
+
+
 def test_more_sums_than_tokens_are_refused():
     given = make(n=5, m=6)
     with pytest.raises(InputError, match="far"):

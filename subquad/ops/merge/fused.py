@@ -91,5 +91,5 @@ def merge_sums(
 ) -> Tensor:  # fmt: skip
     """As `subquad.ops.merge.merge_sums`, of float32 statistics; mass is ``[B, M, H]``."""
     run = torch.ops.subquad.merge_sums if traced(far) else _eager
-    out: Tensor = run(o, lse, top, far, mass, factor, affine, dtype)[0]
+    out: Tensor = run(o, lse, top, far, mass, factor.contiguous(), affine, dtype)[0]
     return out

@@ -35,11 +35,11 @@ def recipes(
         typer.echo(json.dumps(facts if name is None else facts[0], indent=1, ensure_ascii=False))
     elif name is None:
         table = Table(header_style="bold")
-        for head in ("name", "stages", "cost, tokens", "needs", "what it does"):
-            table.add_column(head, no_wrap=head == "name", overflow="fold")
+        for head in ("name", "stages, tokens", "needs", "what it does"):
+            table.add_column(head, no_wrap=head in ("name", "stages, tokens"), overflow="fold")
         for one in chosen:
-            tokens = ", ".join(_millions(one.tokens(stage)) for stage in one.stages)
-            table.add_row(one.name, ", ".join(one.stages), tokens, ", ".join(one.needs), one.summary)
+            stages = "\n".join(f"{stage} {_millions(one.tokens(stage))}" for stage in one.stages)
+            table.add_row(one.name, stages, ", ".join(one.needs), one.summary)
         Console().print(table)
     else:
         _show(chosen[0])

@@ -48,6 +48,13 @@ def sequence(cu, i, N, PACKED: tl.constexpr):
 
 
 @triton.jit
+def run_of(i_s, splits, n, C: tl.constexpr):
+    """The first tile of run i_s of so many of n tokens, and the one after its last."""
+    per = tl.cdiv(tl.cdiv(n, C), splits)
+    return i_s * per, tl.minimum((i_s + 1) * per, tl.cdiv(n, C))
+
+
+@triton.jit
 def count_slots(N, sequences, C: tl.constexpr, PACKED: tl.constexpr):
     """Room for what is kept of each chunk of a row of the batch, see `launch.slots`."""
     return N // C + 2 + (sequences if PACKED else 0)

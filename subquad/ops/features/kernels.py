@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.triton_blocks import LOG2E, in_two, upper_bits
+from subquad.ops.triton_blocks import LOG2E, in_two, run_of, upper_bits
 
 LEAST = tl.constexpr(1e-12)
 
@@ -71,8 +71,8 @@ def features_kernel(
     first, second, third = parts(w, MT, PARTS)
     x += i_h // R * s_h
     f += i_h * (2 * F)
-    per = tl.cdiv(tl.cdiv(T, C), runs)
-    for i in range(i_s * per, tl.minimum((i_s + 1) * per, tl.cdiv(T, C))):
+    start, stop = run_of(i_s, runs, T, C)
+    for i in range(start, stop):
         rows = i * C + tl.arange(0, C)
         tile = load_rows(x, places(rows, N, s_b, s_n), rows, T, ds, D).to(MT)
         y = tl.dot(tile, first, input_precision=IP)
@@ -116,8 +116,8 @@ def features_back_kernel(
         else:
             first, second = in_two(across.to(tl.float32), MT)
     of_weight = tl.zeros([BD, BF], tl.float32)
-    per = tl.cdiv(tl.cdiv(T, C), runs)
-    for i in range(i_s * per, tl.minimum((i_s + 1) * per, tl.cdiv(T, C))):
+    start, stop = run_of(i_s, runs, T, C)
+    for i in range(start, stop):
         rows = i * C + tl.arange(0, C)
         at, here = places(rows, N, g_b, g_n), rows.to(tl.int64) * (H * 2 * F)
         dy = through_softmax(load_rows(f, here, rows, T, fs, F).to(tl.float32), load_rows(g, at, rows, T, fs, F).to(tl.float32))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.triton_blocks import FLOOR, LOG2E, SAFE, count_slots, find_chunk, load_tile, sequence, store_tile
+from subquad.ops.triton_blocks import FLOOR, LOG2E, SAFE, count_slots, find_chunk, load_tile, run_of, sequence, store_tile
 
 RUN = tl.constexpr(4)  # tokens whose sums one thread makes by itself
 
@@ -78,13 +78,6 @@ def weigh_kernel(
         store_tile(q_hat + ((i_b * N + first) * H + i_h) * D, H * D, rows, left, ds, D, BD, tq * weight)
 
 
-@triton.jit
-def part(chunks, parts, i):
-    """The chunks of part i of a sequence; the last parts of a short one are empty."""
-    per = tl.cdiv(chunks, parts)
-    return tl.minimum(i * per, chunks), tl.minimum((i + 1) * per, chunks)
-
-
 @triton.jit(do_not_specialize=["N", "parts", "scale"])
 def unweigh_kernel(
     g, cu, q_hat, k_hat, aq, ak, risky, at_end, sums, dq, dk, dg, sg_b, sg_n, sg_h, N, parts, scale,
@@ -105,8 +98,7 @@ def unweigh_kernel(
     g += i_b * sg_b + begin * sg_n + i_s * sg_h
     slots = count_slots(N, tl.num_programs(0), C, PACKED)
     risky += (i_b * HS + i_s) * slots + begin // C + (i_q if PACKED else 0)
-    chunks = tl.cdiv(n, C)
-    low, high = part(chunks, parts, i_p)
+    low, high = run_of(i_p, parts, n, C)
     if GATE:
         carry = tl.load(at_end + (i_q * HS + i_s) * D + ds, mask=(ds < D) & (i_p == parts - 1), other=0.0)
     for i in tl.range(low, high, num_stages=STAGES):
@@ -152,7 +144,7 @@ def carry_kernel(
     carry = tl.zeros([BD], tl.float32)
     for i in range(i_p + 1, parts):
         carry += tl.load(sums + ((i_q * HS + i_s) * parts + i) * D + ds, mask=ds < D, other=0.0)
-    low, high = part(tl.cdiv(n, C), parts, i_p)
+    low, high = run_of(i_p, parts, n, C)
     for j in range(low, high):
         here = dg + ((i_b * N + begin + j * C) * HS + i_s) * D
         tile = load_tile(here, HS * D, rows, n - j * C, ds, D, BD)

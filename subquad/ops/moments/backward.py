@@ -27,12 +27,11 @@ from subquad.ops.moments.blocks import (
     pick,
     product,
     read_record,
-    run_of,
     store_record,
     turn,
     weigh,
 )
-from subquad.ops.triton_blocks import LOG2E, load_tile, sequence, store_tile
+from subquad.ops.triton_blocks import LOG2E, load_tile, run_of, sequence, store_tile
 
 
 @triton.jit(do_not_specialize=["N", "splits", "parts", "scale", "eps"])

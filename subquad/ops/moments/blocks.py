@@ -151,13 +151,6 @@ def product(a, b, rest, SPLIT: tl.constexpr, IP: tl.constexpr):
 
 
 @triton.jit
-def run_of(i_s, splits, n, C: tl.constexpr):
-    """The first tile of run i_s of n tokens, and the one after its last."""
-    per = tl.cdiv(tl.cdiv(n, C), splits)
-    return i_s * per, tl.minimum((i_s + 1) * per, tl.cdiv(n, C))
-
-
-@triton.jit
 def offset(i, C: tl.constexpr):
     """The first token of tile i: what a tile adds to it is then the same for all, and its addresses are made once."""
     return i * tl.full([], C, tl.int64)

@@ -226,6 +226,8 @@ class Plan:
         strides = (*self._across("q", "do"), *self._row_stride("q_cos"))
         found = {}
         for sums, out, twice in ((True, True, False), (True, False, False), (True, False, True), (False, True, True), (False, True, False)):
+            if sums and out and self.same["TWO"]:
+                continue  # two signs have these in two passes
             more = out and twice and self.how.averaged
             constants = {**self._query_constants(), **self._steps("do"), "SUMS": sums, "OUT": out, "TWICE": twice, "MORE": more}
             told = (self.gather_back_launch.runs if twice and self.kinds["k"] is not None else 1, self.how.scale, self.how.eps)

@@ -88,8 +88,9 @@ def config(kernel: str, width: int, bits: int, decay: str, few: bool) -> Config:
 
 CUT = "pass", "heavy", "queries", "keys"  # kernels whose sequences can be cut
 SEGMENT = 16  # chunks in a segment, at least
-# (padded head dim, bits, decay) -> programs that a multiprocessor holds at once, and programs to cut a pass into for each; else 2 and 2
-WAVES = {(128, 16, "none"): (1, 1), (128, 16, "scalar"): (2, 4)}
+# (padded head dim, bits, decay) -> programs that a multiprocessor holds at once, programs to cut a pass into for each, and segments up to
+# which twice as many; else 2, 2 and none
+WAVES = {(128, 16, "none"): (1, 1, 0), (128, 16, "scalar"): (2, 2, 8)}
 _remembering: list[Any] = []
 
 
@@ -110,13 +111,14 @@ def choose(
     slots = processors(device)
     many, few = (config(kernel, width, bits, decay, few=few) for few in (False, True))
     tiles, narrow = cdiv(columns, many.columns), cdiv(columns, few.columns)
-    full, wanted = WAVES.get((padded(width), bits, decay), (2, 2)) if kernel in CUT else (2, 2)
+    full, wanted, double = WAVES.get((padded(width), bits, decay), (2, 2, 0)) if kernel in CUT else (2, 2, 0)
     if programs * tiles >= 0.75 * full * slots:
         return many, 1
     narrowed = tiles < narrow <= 2 and programs * narrow >= 0.75 * slots
     if narrowed or kernel not in CUT or chunks < 2 * SEGMENT:
         return few, 1
-    return many, max(1, min(chunks // SEGMENT, wanted * slots // (programs * tiles)))
+    segments = wanted * slots // (programs * tiles)
+    return many, max(1, min(chunks // SEGMENT, max(segments, min(2 * segments, double))))
 
 
 def use(rows: dict[tuple[str, int, int, str], tuple[Config, Config]]) -> None:

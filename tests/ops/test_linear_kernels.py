@@ -201,6 +201,27 @@ def test_segments_change_nothing_but_rounding(kind, monkeypatch, request):
     assert max(segments for _, segments in seen) > 1
 
 
+@pytest.mark.parametrize(
+    ("decay", "width", "programs", "chunks", "narrow", "segments"),
+    [
+        ("none", 128, 64, 64, False, 1),  # 128 programs fill 132 processors of one each
+        ("none", 128, 32, 128, False, 2),  # 64 would leave half of them idle
+        ("scalar", 128, 128, 32, False, 1),
+        ("scalar", 128, 32, 128, False, 8),  # 4 would do, of which twice as many are faster
+        ("scalar", 128, 16, 512, False, 8),  # 8 would do
+        ("scalar", 128, 4, 2048, False, 33),
+        ("channel", 128, 16, 64, False, 4),  # 8 would do, of less than 16 chunks
+        ("none", 64, 64, 64, True, 1),
+    ],
+)
+def test_few_programs_get_narrow_tiles_or_segments(decay, width, programs, chunks, narrow, segments, monkeypatch):
+    from subquad.ops import launch as table
+
+    monkeypatch.setattr(table, "processors", lambda device: 132)
+    found = table.choose.__wrapped__("pass", width, width, 16, DEVICE, decay, programs, chunks)
+    assert found == (table.config("pass", width, 16, decay, few=narrow), segments)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("strength", [0.1, 4.0])  # the latter's chunks are risky
 @pytest.mark.parametrize("heads", [1, 2])

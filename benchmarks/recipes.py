@@ -142,8 +142,13 @@ def passkey_tasks(given: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
     shared = {"kind": "passkey", "layers": "all", "seed": 0, "plan": plan, "answers": given.passkey_loss == "answer"}
     shared |= {"lengths": list(given.passkey_lengths), "prompts": given.passkey_prompts, "distances": list(given.distances)}
     made = [{**shared, "label": ORIGINAL, **mechanism_of(ORIGINAL), "stages": {}, "plan": None, "cost": 0.2}]
-    for name in given.passkey_for:
-        made.append({**shared, "label": name, **mechanism_of(name), "stages": stages_of(name, plan), "cost": 2.5})
+    known = {job.label: job for job in JOBS}
+    for job in (known.get(label) or Job(label, label) for label in given.passkey_for):
+        stages = stages_of(job.recipe, plan) if job.trained else {}
+        task = {**shared, "label": job.label, "layers": job.layers, **mechanism_of(job.recipe, job.options), "stages": stages}
+        task |= {"plan": plan if job.trained else None, "cost": 2.5 if job.trained else 0.2}
+        again = SEEDS if job.trained and job.label in given.seeds_for else ()
+        made += [task, *({**task, "seed": seed, "cost": task["cost"] / 100} for seed in again)]
     return made
 
 
@@ -279,7 +284,7 @@ def arguments() -> argparse.Namespace:
     add("--model", default="smollm2-135m")
     add("--dtype", help="of the weights (default: bfloat16 on cuda, float32 on cpu)")
     add("--recipes", type=words, help="labels of runs (default: all)")
-    add("--seeds-for", type=words, default=("lolcats",), help="labels that get seeds 1 and 2 as well")
+    add("--seeds-for", type=words, default=("lolcats",), help="labels that get seeds 1 and 2 as well, in all that is trained")
     add("--tokens", type=float, default=6e6, help="that every run reads")
     add("--length", type=int, default=1024, help="of a sequence, and of the windows of perplexity")
     add("--batch", type=int, default=8, help="sequences of a step")
@@ -297,7 +302,7 @@ def arguments() -> argparse.Namespace:
     add("--prompts", type=int, default=64, help="of recall, at each distance")
     add("--distances", type=numbers, default=RECALL)
     add("--speed-for", type=words, default=("lolcats",), help="recipes to time beside the original")
-    add("--passkey-for", type=words, default=PASSKEYS, help="recipes to train on passkeys and codes")
+    add("--passkey-for", type=words, default=PASSKEYS, help="runs, by label or recipe, to train on passkeys and codes")
     add("--passkey-tokens", type=float, default=2e6)
     add("--passkey-loss", choices=("all", "answer"), default="all")
     add("--passkey-lengths", type=numbers, default=(1024, 2048, 4096, 8192))
@@ -391,7 +396,7 @@ def carried_out(given: Any, results: Results, pool: Pool, folder: Path) -> int:
 def own_text(given: Any, pool: Pool, folder: Path) -> torch.Tensor:
     """Text that the model writes, in parts that the places share, the same however many places there are."""
     count, length = 4 if given.device == "cuda" else 1, min(given.length, 512)  # half of the steps, each for twice as many sequences
-    batch = min(1024 if given.device == "cuda" else 8, -(-given.self_tokens // (count * length)))
+    batch = min(2048 if given.device == "cuda" else 8, -(-given.self_tokens // (count * length)))
     shared = {
         "kind": "write",
         "label": "text",

@@ -266,19 +266,33 @@ def passkey_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By length of the prompt: the share of passkeys written in full, over all depths."""
     found = [run for run in runs if run["kind"] == "passkey" and run.get("cells")]
     lengths = sorted({cell["length"] for run in found for cell in run["cells"]})
-    rows = []
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for run in found:
-        at = {n: [cell["exact"] for cell in run["cells"] if cell["length"] == n] for n in lengths}
-        cells = [percent(statistics.fmean(at[n])) if at[n] else DASH for n in lengths]
-        tokens = sum(stage["tokens"] for stage in run["stages"].values())
-        plan = run["plan"] or {}
+        tokens, plan = sum(stage["tokens"] for stage in run["stages"].values()), run["plan"] or {}
         settings = [f"{key} {plan[key]}" for key in ("share", "tune_lr", "transfer_lr", "loss") if plan.get(key) is not None]
         settings += ["loss of the answers"] if plan and run["answers"] else []
-        recall = _recall([run], "exact") if run.get("recall") else DASH
-        rows.append([run["label"], ", ".join(settings) or DASH, f"{tokens / 1e6:.3g} M" if tokens else DASH, recall, *cells])
+        key = run["label"], ", ".join(settings) or DASH, f"{tokens / 1e6:.3g} M" if tokens else DASH
+        groups.setdefault(key, []).append(run)
+    rows = []
+    for key, some in groups.items():
+        known = [run for run in some if run.get("recall")]
+        cells = [_found([_at(run, n) for run in some if _at(run, n) is not None]) for n in lengths]
+        rows.append([*key, str(len(some)), _recall(known, "exact") if known else DASH, *cells])
     distances = ", ".join(str(one["distance"]) for one in next((run["recall"] for run in found if run.get("recall")), []))
-    columns = ["recipe", "settings", "tokens taught", f"codes {distances} tokens back", *(f"passkeys, {n:,}" for n in lengths)]
+    columns = ["recipe", "settings", "tokens taught", "seeds", f"codes {distances} tokens back", *(f"passkeys, {n:,}" for n in lengths)]
     return {"title": "Taught on prompts: numbers written in full", "columns": columns, "rows": rows}
+
+
+def _at(run: Mapping[str, Any], length: int) -> float | None:
+    """The share of passkeys that a run found in prompts of a length."""
+    found = [cell["exact"] for cell in run["cells"] if cell["length"] == length]
+    return statistics.fmean(found) if found else None
+
+
+def _found(shares: Sequence[float]) -> str:
+    """The mean over runs, and of several the least and the most."""
+    mean = percent(statistics.fmean(shares)) if shares else DASH
+    return f"{mean} ({100 * min(shares):.0f}–{100 * max(shares):.0f})" if len(shares) > 1 else mean
 
 
 def memory_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

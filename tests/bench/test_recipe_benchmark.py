@@ -14,6 +14,7 @@ from bench.tiny import make_llama
 
 import subquad
 from subquad.bench.quality import recall_prompts
+from subquad.checks import InputError
 from subquad.convert.recipe import recipes
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -133,6 +134,32 @@ def test_tables_say_what_was_measured(parts):
     costs = made["What the recipes cost, 6 M tokens each"]["rows"][1]
     assert costs == ["lolcats", "1", "1 MiB", "1,000", "50 s, 60,000 tokens/s", "2 GiB", "50 s, 60,000 tokens/s", "2 GiB"]
     assert all(len(row) == len(table["columns"]) for table in made.values() for row in table["rows"])
+
+
+def test_passkeys_are_taught_to_runs_by_label(main):
+    given = {"passkey_loss": "answer", "passkey_lengths": (1024,), "passkey_prompts": 1, "distances": (256,)}
+    given |= {"passkey_for": ("lolcats 3:1", "lawcat", "original tuned", "original"), "seeds_for": ("lolcats 3:1",)}
+    tasks = main.passkey_tasks(Namespace(**given), PLAN)
+    found = [(task["label"], task["layers"], task["seed"], list(task["stages"])) for task in tasks]
+    both = ["transfer", "finetune"]
+    assert found[:4] == [("original", "all", 0, []), *[("lolcats 3:1", "3:1", seed, both) for seed in range(3)]]
+    assert found[4:] == [("lawcat", "all", 0, both), ("original tuned", "all", 0, ["finetune"]), ("original", "all", 0, [])]
+    assert main.key_of(tasks[0]) == main.key_of(tasks[-1])  # measured once
+    assert [task["cost"] for task in tasks[1:4]] == [2.5, 0.025, 0.025]
+    with pytest.raises(InputError, match="lolcat"):
+        main.passkey_tasks(Namespace(**given | {"passkey_for": ("lolcat 3:1",)}), PLAN)
+
+
+def test_passkeys_of_several_seeds_are_one_row(parts):
+    def taught(seed, *shares, tokens=1_000_000):
+        cells = [{"length": 1024, "exact": share} for share in shares] + [{"length": 2048, "exact": 1.0}]
+        stages = {"finetune": {"tokens": tokens}}
+        return {"kind": "passkey", "label": "lolcats", "seed": seed, "plan": PLAN, "answers": True, "stages": stages, "cells": cells}
+
+    runs = [taught(0, 1.0, 0.5), taught(1, 0.25, 0.25), taught(0, 0.5, 0.0, tokens=2_000_000)]
+    table = parts._tables.passkey_table(runs)
+    assert table["columns"][:4] == ["recipe", "settings", "tokens taught", "seeds"]
+    assert [row[2:4] + row[5:] for row in table["rows"]] == [["1 M", "2", "50 % (25–75)", "100 % (100–100)"], ["2 M", "1", "25 %", "100 %"]]
 
 
 def test_a_conversion_is_measured_at_every_point(parts, tokenizer, tmp_path):

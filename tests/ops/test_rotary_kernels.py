@@ -35,6 +35,7 @@ def launches(monkeypatch):
         return real(x, cos, sin, interleaved, transpose)
 
     monkeypatch.setattr(room, "forward", counted)
+    monkeypatch.setattr(room, "prepared", lambda call, rehearsal: call())  # which on a GPU would start some calls anew
     return found
 
 

@@ -130,6 +130,8 @@ class Lolcats(Attention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         turned = rotate(call.rotary, q, k)
+        if call.state is None and call.cu_seqlens is None and self.window_form == "sw":
+            return from_start(self, turned, turned if self.far_rotary else (q, k), v, call.return_state)
         q, k = turned if self.far_rotary else (torch.cat(pair, -1) for pair in zip(turned, (q, k)))  # both kinds, side by side
         if call.state is not None and call.cu_seqlens is None and q.shape[1] == 1:
             return step(self, q, k, v, call.state)
@@ -176,13 +178,14 @@ class Lolcats(Attention):
 
 
 def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """Any number of tokens, from the start or behind a state, in a batch or packed; linear in the tokens."""
+    """Any number of tokens, from the start or behind a state, in a batch or packed; linear in the tokens.
+
+    q and k are side by side with what is not turned, without `far_rotary`.
+    """
     dtype, device, cu = compute_dtype(q), q.device, call.cu_seqlens
     if call.state is None:
         layout = module.layout(q.shape[1], q.shape[1])
         near = sparse_attention(*module.near(q, k), v, layout, cu_seqlens=cu, return_lse=True, return_max=True)
-        if module.window_form == "sw" and cu is None:
-            return from_start(module, q, k, v, near, call.return_state)
     rows = q.shape[0] if cu is None else cu.shape[0] - 1
     if call.state is None:
         length = torch.zeros(rows, dtype=torch.long, device=device)
@@ -207,20 +210,30 @@ def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tup
 
 
 def from_start(
-    module: Lolcats, q: Tensor, k: Tensor, v: Tensor, near: Near, return_state: bool
+    module: Lolcats, turned: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], v: Tensor, return_state: bool
 ) -> tuple[Tensor, dict[str, Tensor] | None]:  # fmt: skip
-    """A batch without a state: query i sees the keys up to i − w, so that later queries against earlier keys are a causal pass."""
+    """A batch without a state: query i sees the keys up to i − w, so that later queries against earlier keys are a causal pass.
+
+    Queries and keys for the window and for the past are read where they are; a state has both keys side by side if they differ.
+    """
+    (q, k), (far_q, far_k) = turned, far
     n, w, sinks = q.shape[1], module.window, module.sinks
+    near = sparse_attention(q, k, v, module.layout(n, n), return_lse=True, return_max=True)
     late = max(0, n - w - sinks)  # queries with a past, and keys in it
     past = slice(sinks, sinks + late)
-    fq, fk = module.features("W_q", q[:, w + sinks :]), module.features("W_k", k[:, past])
-    far, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
-    o = module.combine(near, far, mass, q.dtype)
+    fq, fk = module.feature_pair(far_q[:, w + sinks :], far_k[:, past])
+    sum_v, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
+    o = module.combine(near, sum_v, mass, q.dtype)
     if not return_state:
         return o, None
-    empty = [x.new_zeros(x.shape[0], max(0, sinks - n) + max(0, w - n), *x.shape[2:]) for x in (k, v)]
-    k, v = (torch.cat([x[:, :sinks], gap, x[:, max(0, n - w) :]], 1) for x, gap in zip((k, v), empty))
-    return o, {"S": sums, "k": k, "v": v}
+
+    def held(x: Tensor) -> Tensor:
+        """The sinks, zeros for the tokens that are not there yet, and the last w."""
+        gap = x.new_zeros(x.shape[0], max(0, sinks - n) + max(0, w - n), *x.shape[2:])
+        return torch.cat([x[:, :sinks], gap, x[:, max(0, n - w) :]], 1)
+
+    keys = held(k) if module.far_rotary else torch.cat([held(k), held(far_k)], -1)
+    return o, {"S": sums, "k": keys, "v": held(v)}
 
 
 def with_ones(v: Tensor, real: Tensor) -> Tensor:

@@ -129,10 +129,11 @@ class Lolcats(Attention):
         self.window_factor = nn.Parameter(torch.full((heads,), START))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
-        turned = rotate(call.rotary, q, k)
+        near_q, near_k = rotate(call.rotary, q, k)
         if call.state is None and call.cu_seqlens is None and self.window_form == "sw":
-            return from_start(self, turned, turned if self.far_rotary else (q, k), v, call.return_state)
-        q, k = turned if self.far_rotary else (torch.cat(pair, -1) for pair in zip(turned, (q, k)))  # both kinds, side by side
+            return from_start(self, (near_q, near_k), (near_q, near_k) if self.far_rotary else (q, k), v, call.return_state)
+        both = ((near_q, q), (near_k, k))
+        q, k = (near_q, near_k) if self.far_rotary else (torch.cat(pair, -1) for pair in both)  # side by side
         if call.state is not None and call.cu_seqlens is None and q.shape[1] == 1:
             return step(self, q, k, v, call.state)
         return forward(self, q, k, v, call)
@@ -180,7 +181,7 @@ class Lolcats(Attention):
 def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:
     """Any number of tokens, from the start or behind a state, in a batch or packed; linear in the tokens.
 
-    q and k are side by side with what is not turned, without `far_rotary`.
+    Without `far_rotary`, q and k have what is turned and what is not side by side.
     """
     dtype, device, cu = compute_dtype(q), q.device, call.cu_seqlens
     if call.state is None:
@@ -210,20 +211,20 @@ def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tup
 
 
 def from_start(
-    module: Lolcats, turned: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], v: Tensor, return_state: bool
+    module: Lolcats, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], v: Tensor, return_state: bool
 ) -> tuple[Tensor, dict[str, Tensor] | None]:  # fmt: skip
     """A batch without a state: query i sees the keys up to i − w, so that later queries against earlier keys are a causal pass.
 
-    Queries and keys for the window and for the past are read where they are; a state has both keys side by side if they differ.
+    The queries and keys that softmax sees, and those that φ maps, are read where they are; a state has both keys side by side.
     """
-    (q, k), (far_q, far_k) = turned, far
+    (q, k), (far_q, far_k) = near, far
     n, w, sinks = q.shape[1], module.window, module.sinks
-    near = sparse_attention(q, k, v, module.layout(n, n), return_lse=True, return_max=True)
+    by_softmax = sparse_attention(q, k, v, module.layout(n, n), return_lse=True, return_max=True)
     late = max(0, n - w - sinks)  # queries with a past, and keys in it
     past = slice(sinks, sinks + late)
     fq, fk = module.feature_pair(far_q[:, w + sinks :], far_k[:, past])
-    sum_v, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
-    o = module.combine(near, sum_v, mass, q.dtype)
+    by_maps, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
+    o = module.combine(by_softmax, by_maps, mass, q.dtype)
     if not return_state:
         return o, None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -78,8 +78,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *rest, transpose = inputs
-        found = prepared(lambda: forward(*inputs), lambda: [forward(*rest, way) for way in (transpose, not transpose)])
+        found = prepared(partial(forward, *inputs), lambda: [forward(*inputs[:-1], transpose=way) for way in (False, True)])
         _setup(ctx, inputs, found)
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,7 +78,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        found = prepared(partial(forward, *inputs), lambda: [forward(*inputs[:-1], transpose=way) for way in (False, True)])
+        x, cos, sin, interleaved, _ = inputs
+        found = prepared(lambda: forward(*inputs), lambda: [forward(x, cos, sin, interleaved, way) for way in (False, True)])
         _setup(ctx, inputs, found)
         return found
 

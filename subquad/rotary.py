@@ -12,6 +12,8 @@ from torch import Tensor
 
 from subquad.checks import InputError, shape_of
 
+KERNEL_DTYPES = torch.float16, torch.bfloat16, torch.float32
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -61,6 +63,10 @@ class Rotary:
         width = self.cos.shape[-1]
         if self.cos.shape[-2] != x.shape[1] or width > x.shape[-1]:
             raise InputError("rotary", shape_of(self.cos), f"cos and sin for {x.shape[1]} tokens, at most {x.shape[-1]} wide")
+        if self._by_kernel(x):
+            from subquad.ops.rotary import turn  # Triton is imported when it is first needed
+
+            return turn(x, self.cos, self.sin, self.interleaved)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         cos, sin = self.cos.to(wide).unsqueeze(-2), self.sin.to(wide).unsqueeze(-2)  # over heads
         turned, rest = wide[..., :width], wide[..., width:]
@@ -72,6 +78,16 @@ class Rotary:
             partner = torch.cat([-second, first], -1)
         turned = turned * cos + partner * sin
         return (torch.cat([turned, rest], -1) if rest.shape[-1] else turned).to(x.dtype)
+
+    def _by_kernel(self, x: Tensor) -> bool:
+        """Whether the kernel serves x, and these angles, whose gradient it does not have."""
+        from subquad.ops.common import kernels_serve  # whose package imports this file
+
+        cos, sin = self.cos, self.sin
+        if x.is_meta or not kernels_serve(x, x.shape[-1]) or x.dim() != 4 or x.dtype not in KERNEL_DTYPES or not cos.shape[-1]:
+            return False
+        fits = (cos.dim() == 2 or cos.shape[0] in (1, x.shape[0])) and cos.device == sin.device == x.device
+        return fits and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
 
 
 def rotate(rotary: Rotary | None, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -299,6 +299,24 @@ def test_what_is_far_is_weighed_by_unturned_features(window_form, sinks):
     assert (o[0].unflatten(0, (2, n)) - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("far_rotary", [False, True])
+@pytest.mark.parametrize("n", [0, 2, 5, 9, 30])
+def test_a_batch_from_the_start_is_its_sequences_packed(n, far_rotary):
+    """Read where it is, or side by side with what is not turned: outputs, states, and every gradient, through the states too."""
+    module = make(window=4, sinks=3, far_rotary=far_rotary)
+    q, k, v = (x.detach().requires_grad_() for x in qkv(n))
+    rotary = Rotary.of(torch.arange(n).repeat(2), 8, theta=100.0)  # half of the channels
+    o, state = module(q, k, v, rotary=rotary.narrow(0, n), return_state=True)
+    packed = {"rotary": rotary, "cu_seqlens": torch.tensor([0, n, 2 * n]), "return_state": True}
+    other, expected = module(*(x.flatten(0, 1)[None] for x in (q, k, v)), **packed)
+    found, wanted = (o.flatten(0, 1)[None], *(state[x] for x in "Skv")), (other, *(expected[x] for x in "Skv"))
+    assert state["k"].shape == (2, 7, 2, 16 if far_rotary else 32)
+    by = [torch.randn_like(x) for x in wanted]
+    into = q, k, v, *module.parameters()
+    grads = [torch.autograd.grad(all_of, into, by, allow_unused=True, materialize_grads=True) for all_of in (found, wanted)]
+    torch.testing.assert_close([*found, *grads[0]], [*wanted, *grads[1]], rtol=0, atol=1e-11)
+
+
 def test_far_weights_do_not_change_with_distance():
     """However far apart tokens stand: only the window's part turns."""
     q, k, v = qkv()

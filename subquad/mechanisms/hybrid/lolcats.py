@@ -129,8 +129,11 @@ class Lolcats(Attention):
         self.window_factor = nn.Parameter(torch.full((heads,), START))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
-        turned = rotate(call.rotary, q, k)
-        q, k = turned if self.far_rotary else (torch.cat(pair, -1) for pair in zip(turned, (q, k)))  # both kinds, side by side
+        near_q, near_k = rotate(call.rotary, q, k)
+        if call.state is None and call.cu_seqlens is None and self.window_form == "sw":
+            return from_start(self, (near_q, near_k), (near_q, near_k) if self.far_rotary else (q, k), v, call.return_state)
+        both = ((near_q, q), (near_k, k))
+        q, k = (near_q, near_k) if self.far_rotary else (torch.cat(pair, -1) for pair in both)  # side by side
         if call.state is not None and call.cu_seqlens is None and q.shape[1] == 1:
             return step(self, q, k, v, call.state)
         return forward(self, q, k, v, call)
@@ -176,13 +179,14 @@ class Lolcats(Attention):
 
 
 def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """Any number of tokens, from the start or behind a state, in a batch or packed; linear in the tokens."""
+    """Any number of tokens, from the start or behind a state, in a batch or packed; linear in the tokens.
+
+    Without `far_rotary`, q and k have what is turned and what is not side by side.
+    """
     dtype, device, cu = compute_dtype(q), q.device, call.cu_seqlens
     if call.state is None:
         layout = module.layout(q.shape[1], q.shape[1])
         near = sparse_attention(*module.near(q, k), v, layout, cu_seqlens=cu, return_lse=True, return_max=True)
-        if module.window_form == "sw" and cu is None:
-            return from_start(module, q, k, v, near, call.return_state)
     rows = q.shape[0] if cu is None else cu.shape[0] - 1
     if call.state is None:
         length = torch.zeros(rows, dtype=torch.long, device=device)
@@ -207,20 +211,30 @@ def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tup
 
 
 def from_start(
-    module: Lolcats, q: Tensor, k: Tensor, v: Tensor, near: Near, return_state: bool
+    module: Lolcats, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], v: Tensor, return_state: bool
 ) -> tuple[Tensor, dict[str, Tensor] | None]:  # fmt: skip
-    """A batch without a state: query i sees the keys up to i − w, so that later queries against earlier keys are a causal pass."""
+    """A batch without a state: query i sees the keys up to i − w, so that later queries against earlier keys are a causal pass.
+
+    The queries and keys that softmax sees, and those that φ maps, are read where they are; a state has both keys side by side.
+    """
+    (q, k), (far_q, far_k) = near, far
     n, w, sinks = q.shape[1], module.window, module.sinks
+    by_softmax = sparse_attention(q, k, v, module.layout(n, n), return_lse=True, return_max=True)
     late = max(0, n - w - sinks)  # queries with a past, and keys in it
     past = slice(sinks, sinks + late)
-    fq, fk = module.features("W_q", q[:, w + sinks :]), module.features("W_k", k[:, past])
-    far, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
-    o = module.combine(near, far, mass, q.dtype)
+    fq, fk = module.feature_pair(far_q[:, w + sinks :], far_k[:, past])
+    by_maps, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
+    o = module.combine(by_softmax, by_maps, mass, q.dtype)
     if not return_state:
         return o, None
-    empty = [x.new_zeros(x.shape[0], max(0, sinks - n) + max(0, w - n), *x.shape[2:]) for x in (k, v)]
-    k, v = (torch.cat([x[:, :sinks], gap, x[:, max(0, n - w) :]], 1) for x, gap in zip((k, v), empty))
-    return o, {"S": sums, "k": k, "v": v}
+
+    def held(x: Tensor) -> Tensor:
+        """The sinks, zeros for the tokens that are not there yet, and the last w."""
+        gap = x.new_zeros(x.shape[0], max(0, sinks - n) + max(0, w - n), *x.shape[2:])
+        return torch.cat([x[:, :sinks], gap, x[:, max(0, n - w) :]], 1)
+
+    keys = held(k) if module.far_rotary else torch.cat([held(k), held(far_k)], -1)
+    return o, {"S": sums, "k": keys, "v": held(v)}
 
 
 def with_ones(v: Tensor, real: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from subquad.ops.sparse import Layout, sparse_attention
 from subquad.ops.sparse.recent import Near, attend_behind, kept_positions
 from subquad.ops.sparse.ring import store
 from subquad.ops.sparse.stream import Stream
+from subquad.ops.window_step import serves, window_step
 from subquad.rotary import Rotary, rotate
 from subquad.state import State
 
@@ -130,6 +131,8 @@ class Lolcats(Attention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         turned = rotate(call.rotary, q, k)
+        if call.state is not None and call.cu_seqlens is None and kernel_serves(self, q, k, v, call.state):
+            return kernel_step(self, turned, (q, k), v, call.state)
         q, k = turned if self.far_rotary else (torch.cat(pair, -1) for pair in zip(turned, (q, k)))  # both kinds, side by side
         if call.state is not None and call.cu_seqlens is None and q.shape[1] == 1:
             return step(self, q, k, v, call.state)
@@ -305,6 +308,23 @@ def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tupl
         return o, {"S": sums, "k": k[:, 1:], "v": v[:, 1:]}
     here = (torch.arange(sinks, device=q.device) == length)[..., None, None]
     k, v = (torch.cat([x[:, -1:].where(here, x[:, :sinks]), x[:, sinks + 1 :]], 1) for x in (k, v))
+    return o, {"S": sums, "k": k, "v": v}
+
+
+def kernel_serves(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> bool:
+    """Whether `kernel_step` has this call."""
+    kept = state["k"], state["v"]
+    return module.window_form == "sw" and serves(q, k, v, kept, state["S"], (module.W_q, module.W_k), module.window_factor)
+
+
+def kernel_step(
+    module: Lolcats, turned: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor], v: Tensor, state: State
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """`step` as one kernel, of rotated and of given q and k."""
+    o, (k, v), sums = window_step(
+        *turned, v, (state["k"], state["v"]), state["S"], state.length, (module.W_q, module.W_k), module.window_factor,
+        sinks=module.sinks, affine=module.affine_factors, far=None if module.far_rotary else plain,
+    )  # fmt: skip
     return o, {"S": sums, "k": k, "v": v}
 
 

@@ -313,16 +313,18 @@ def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tupl
 
 def kernel_serves(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> bool:
     """Whether `kernel_step` has this call."""
-    kept = state["k"], state["v"]
-    return module.window_form == "sw" and serves(q, k, v, kept, state["S"], (module.W_q, module.W_k), module.window_factor)
+    kept, maps = (state["k"], state["v"]), (module.get_parameter("W_q"), module.get_parameter("W_k"))
+    return module.window_form == "sw" and serves(q, k, v, kept, state["S"], maps, module.window_factor)
 
 
 def kernel_step(
-    module: Lolcats, turned: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor], v: Tensor, state: State
+    module: Lolcats, turned: tuple[Tensor, ...], plain: tuple[Tensor, Tensor], v: Tensor, state: State
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """`step` as one kernel, of rotated and of given q and k."""
+    q, k = turned
+    maps = module.get_parameter("W_q"), module.get_parameter("W_k")
     o, (k, v), sums = window_step(
-        *turned, v, (state["k"], state["v"]), state["S"], state.length, (module.W_q, module.W_k), module.window_factor,
+        q, k, v, (state["k"], state["v"]), state["S"], state.length, maps, module.window_factor,
         sinks=module.sinks, affine=module.affine_factors, far=None if module.far_rotary else plain,
     )  # fmt: skip
     return o, {"S": sums, "k": k, "v": v}

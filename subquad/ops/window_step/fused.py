@@ -63,7 +63,5 @@ def window_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `subquad.ops.window_step.window_step`."""
     run: Any = torch.ops.subquad.window_step if traced(v) else forward
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = run(
-        q, k, v, far_q, far_k, kept_k, kept_v, sums, length, w_q, w_k, factor, sinks, affine
-    )
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = run(q, k, v, far_q, far_k, kept_k, kept_v, sums, length, w_q, w_k, factor, sinks, affine)
     return found

@@ -32,6 +32,7 @@ from subquad.ops.sparse import Layout, sparse_attention
 from subquad.ops.sparse.recent import Near, attend_behind, kept_positions
 from subquad.ops.sparse.ring import store
 from subquad.ops.sparse.stream import Stream
+from subquad.ops.window_step import serves, window_step
 from subquad.rotary import Rotary, rotate
 from subquad.state import State
 
@@ -130,10 +131,13 @@ class Lolcats(Attention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         near_q, near_k = rotate(call.rotary, q, k)
-        if call.state is None and call.cu_seqlens is None and self.window_form == "sw":
-            return from_start(self, (near_q, near_k), (near_q, near_k) if self.far_rotary else (q, k), v, call.return_state)
-        both = ((near_q, q), (near_k, k))
-        q, k = (near_q, near_k) if self.far_rotary else (torch.cat(pair, -1) for pair in both)  # side by side
+        near, far = (near_q, near_k), (near_q, near_k) if self.far_rotary else (q, k)
+        if call.cu_seqlens is None and self.window_form == "sw":
+            if call.state is None:
+                return from_start(self, near, far, v, call.return_state)
+            if kernel_serves(self, q, k, v, call.state):
+                return kernel_step(self, near, far, v, call.state)
+        q, k = near if self.far_rotary else (torch.cat(pair, -1) for pair in zip(near, far))  # both kinds, side by side
         if call.state is not None and call.cu_seqlens is None and q.shape[1] == 1:
             return step(self, q, k, v, call.state)
         return forward(self, q, k, v, call)
@@ -319,6 +323,24 @@ def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tupl
         return o, {"S": sums, "k": k[:, 1:], "v": v[:, 1:]}
     here = (torch.arange(sinks, device=q.device) == length)[..., None, None]
     k, v = (torch.cat([x[:, -1:].where(here, x[:, :sinks]), x[:, sinks + 1 :]], 1) for x in (k, v))
+    return o, {"S": sums, "k": k, "v": v}
+
+
+def kernel_serves(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> bool:
+    """Whether `kernel_step` has this call, of window form "sw"."""
+    maps = module.get_parameter("W_q"), module.get_parameter("W_k")
+    return serves(q, k, v, (state["k"], state["v"]), state["S"], maps, module.window_factor)
+
+
+def kernel_step(
+    module: Lolcats, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], v: Tensor, state: State
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """`step` as one kernel, of q and k for the window and for the past."""
+    maps = module.get_parameter("W_q"), module.get_parameter("W_k")
+    o, (k, v), sums = window_step(
+        *near, v, (state["k"], state["v"]), state["S"], state.length, maps, module.window_factor,
+        sinks=module.sinks, affine=module.affine_factors, far=None if module.far_rotary else far,
+    )  # fmt: skip
     return o, {"S": sums, "k": k, "v": v}
 
 

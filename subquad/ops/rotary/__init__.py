@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.common import by_rows, cdiv, power_of_two, traced, transformed
+from subquad.ops.launch import INTERPRETED
 from subquad.ops.launcher import Launcher, launcher, prepared
 from subquad.ops.rotary.kernels import rotary_kernel
 
@@ -37,12 +38,13 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: b
     """
     x, cos, sin = by_rows(x), by_rows(cos), by_rows(sin)
     batch, n, heads, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    # the interpreter would cut bfloat16 off, not round it
+    out = torch.empty(x.shape, dtype=torch.float32 if INTERPRETED else x.dtype, device=x.device)
     if out.numel():
         run, tokens = _plan(width, cos.shape[-1], interleaved, transpose)
         strides = (*x.stride()[:3], *_steps(cos), *_steps(sin))
         run((cdiv(batch * n, tokens) * cdiv(heads, HEADS), 1, 1), (x, cos, sin, out), strides, (n, heads, batch * n))
-    return out
+    return out.to(x.dtype)
 
 
 def _steps(table: Tensor) -> tuple[int, int]:

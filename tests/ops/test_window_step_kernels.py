@@ -85,7 +85,9 @@ def compare(module, tokens, n=N, start=0, share=2e-6, **given):
         patch.setenv("SUBQUAD_KERNELS", "off")
         _, plain = one_by_one(module, x, rotary, state, start)
     assert len(tokens) == n - start
-    assert all(torch.equal(last[name], plain[name]) for name in ("k", "v")) and torch.equal(last.length, plain.length)
+    assert torch.equal(last["v"], plain["v"]) and torch.equal(last.length, plain.length)
+    # a device may fuse products and sums in what turns keys
+    torch.testing.assert_close(last["k"], plain["k"], rtol=max(1e-6, torch.finfo(last["k"].dtype).eps), atol=1e-6)
     assert last["S"].dtype == torch.float32 and last["S"].shape == plain["S"].shape
     return last["S"], plain["S"]
 

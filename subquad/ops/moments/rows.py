@@ -17,7 +17,7 @@ ROWS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("mean", "signs"): (Config(64, 4, 2), Config(64, 4, 2)),
     ("gather", "none"): (Config(128, 4, 3), Config(64, 4, 1)),
     ("gather", "turned"): (Config(128, 4, 2), Config(32, 4, 3)),
-    ("gather", "signs"): (Config(64, 4, 3), Config(128, 4, 2), Config(64, 8, 1)),
+    ("gather", "signs"): (Config(64, 4, 3), Config(128, 4, 3), Config(64, 8, 1)),
     ("gather", "signs, turned"): (Config(64, 4, 3), Config(64, 4, 2), Config(64, 8, 1)),
     ("apply", "none"): (Config(64, 4, 3), Config(64, 4, 3)),
     ("apply", "turned"): (Config(64, 4, 2), Config(64, 4, 3)),

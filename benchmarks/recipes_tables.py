@@ -139,7 +139,7 @@ def recipe_tables(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"title": f"Linearization recipes, perplexity{size}", "columns": columns, "rows": quality},
         {"title": f"What the recipes cost{size}", "columns": COSTS, "rows": costs},
-        {"title": "Recipes with other settings", "columns": OTHERS, "rows": [_other(run, main, _start(run, good)) for run in others]},
+        {"title": "Recipes with other settings", "columns": OTHERS, "rows": _others(others, main, good)},
     ]
 
 
@@ -153,7 +153,10 @@ def _start(run: Mapping[str, Any], good: Sequence[Mapping[str, Any]]) -> float |
 RATES = {"transfer_lr": "transfer at", "tune_lr": "tuning at", "share": "transfer's share"}  # asked for instead of the recipes' own
 QUALITY = ["recipe", "seeds", "tokens tuned", "swapped", "transferred", "in the end", "gap closed by transfer", "in all", "other text"]
 COSTS = ["recipe", "runs at once", "kept at 64k tokens", "new parameters", "transfer", "peak", "fine-tuning", "peak"]
-OTHERS = ["recipe", "seed", "settings", "in the end", "gap closed by transfer", "in all", "other text", "recall, right number likeliest"]
+OTHERS = [
+    "recipe", "seeds", "settings", "in the end", "gap closed by transfer", "in all", "other text", "recall, right number likeliest",
+    "written in full",
+]  # fmt: skip
 
 
 def end(run: Mapping[str, Any], text: str = "book") -> float:
@@ -223,11 +226,14 @@ def _costs(some: Sequence[Mapping[str, Any]]) -> list[str]:
     return cells
 
 
-def _other(run: dict[str, Any], main: Mapping[str, Any], original: float | None) -> list[str]:
-    found = {key: value for key, value in settings_of(run).items() if main.get(key) != value}
-    differs = ", ".join("other texts to measure on" if key == "held_out" else f"{key} {value}" for key, value in found.items())
-    cells = _quality([run], original)
-    return [run["label"], str(run["seed"]), differs, *cells[3:8]]
+def _others(runs: Sequence[dict[str, Any]], main: Mapping[str, Any], good: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Runs of other settings, those that differ in the seed alone in one row."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        found = {key: value for key, value in settings_of(run).items() if main.get(key) != value}
+        differs = ", ".join("other texts to measure on" if key == "held_out" else f"{key} {value}" for key, value in found.items())
+        groups.setdefault((run["label"], differs), []).append(run)
+    return [[label, str(len(some)), differs, *_quality(some, _start(some[0], good))[3:]] for (label, differs), some in groups.items()]
 
 
 def latest(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:

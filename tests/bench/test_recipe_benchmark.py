@@ -129,7 +129,8 @@ def test_tables_say_what_was_measured(parts):
     assert best[:5] == ["lolcats", "2", "3 M", "54.60 ± 0.00", f"{mean:.2f} ± {deviation:.2f}"]
     assert best[5:] == ["25.79 ± 0.00", "38 % ± 18 %", "75 % ± 0 %", "7.39 ± 0.00", "50 %", "25 %"]
     assert alone[0] == "lolcats without its linear part" and alone[5] == "42.52 ± 0.00" and alone[7] == "25 % ± 0 %"
-    assert made["Recipes with other settings"]["rows"] == [["lolcats", "0", "tune_lr 0.001", "22.76", "50 %", "88 %", "7.39", "50 %"]]
+    others = made["Recipes with other settings"]["rows"]
+    assert others == [["lolcats", "1", "tune_lr 0.001", "22.76", "50 %", "88 %", "7.39", "50 %", "25 %"]]
     assert made["What failed"]["rows"] == [["liger", "recipe", "0", "ValueError: no"]]
     costs = made["What the recipes cost, 6 M tokens each"]["rows"][1]
     assert costs == ["lolcats", "1", "1 MiB", "1,000", "50 s, 60,000 tokens/s", "2 GiB", "50 s, 60,000 tokens/s", "2 GiB"]
@@ -160,6 +161,16 @@ def test_passkeys_of_several_seeds_are_one_row(parts):
     table = parts._tables.passkey_table(runs)
     assert table["columns"][:4] == ["recipe", "settings", "tokens taught", "seeds"]
     assert [row[2:4] + row[5:] for row in table["rows"]] == [["1 M", "2", "50 % (25–75)", "100 % (100–100)"], ["2 M", "1", "25 %", "100 %"]]
+
+
+def test_seeds_of_other_settings_are_one_row(parts):
+    main = [run(f"recipe {i}", start=4.0, finetune=3.0) for i in range(4)]
+    others = [run("lolcats", seed, PLAN | {"tokens": 7_000_000}, start=4.0, transfer=3.5, finetune=3.25 + 0.25 * seed) for seed in (0, 1)]
+    others.append(run("lolcats", 0, PLAN | {"tokens": 9_000_000}, start=4.0, transfer=3.5, finetune=3.25))
+    table = next(one for one in parts._tables.recipe_tables([*main, *others]) if one["title"] == "Recipes with other settings")
+    mean, deviation = math.exp(3.375), (math.exp(3.5) - math.exp(3.25)) / math.sqrt(2)
+    assert [row[:3] for row in table["rows"]] == [["lolcats", "2", "tokens 7000000"], ["lolcats", "1", "tokens 9000000"]]
+    assert [row[3] for row in table["rows"]] == [f"{mean:.2f} ± {deviation:.2f}", f"{math.exp(3.25):.2f}"]
 
 
 def test_a_conversion_is_measured_at_every_point(parts, tokenizer, tmp_path):

@@ -282,16 +282,30 @@ def passkey_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = []
     for key, some in groups.items():
         known = [run for run in some if run.get("recall")]
-        cells = [_found([_at(run, n) for run in some if _at(run, n) is not None]) for n in lengths]
-        rows.append([*key, str(len(some)), _recall(known, "exact") if known else DASH, *cells])
+        recall = _recall(known, "exact") if known else DASH
+        for counted, words in COUNTED.items():
+            at = [[share for run in some if (share := _at(run, n, counted)) is not None] for n in lengths]
+            if any(at):
+                rows.append([*key, str(len(some)), recall, words, *map(_found, at)])
     distances = ", ".join(str(one["distance"]) for one in next((run["recall"] for run in found if run.get("recall")), []))
-    columns = ["recipe", "settings", "tokens taught", "seeds", f"codes {distances} tokens back", *(f"passkeys, {n:,}" for n in lengths)]
-    return {"title": "Taught on prompts: numbers written in full", "columns": columns, "rows": rows}
+    columns = [
+        "recipe",
+        "settings",
+        "tokens taught",
+        "seeds",
+        f"codes {distances} tokens back",
+        "passkeys",
+        *(f"{n:,} tokens" for n in lengths),
+    ]
+    return {"title": "Taught on prompts: codes written in full, and passkeys by the length of the prompt", "columns": columns, "rows": rows}
 
 
-def _at(run: Mapping[str, Any], length: int) -> float | None:
+COUNTED = {"number": "the number is written", "exact": "at once, as the answer begins"}  # of passkeys; the first was not looked at before
+
+
+def _at(run: Mapping[str, Any], length: int, counted: str) -> float | None:
     """The share of passkeys that a run found in prompts of a length."""
-    found = [cell["exact"] for cell in run["cells"] if cell["length"] == length]
+    found = [cell[counted] for cell in run["cells"] if cell["length"] == length and counted in cell]
     return statistics.fmean(found) if found else None
 
 

@@ -24,7 +24,7 @@ def needle(
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     out: Annotated[Path | None, typer.Option(help="File for the results, JSON.")] = None,
 ) -> None:
-    """Passkey and needle in a haystack: is a number stated in a long text found again? In brackets: ranked first of four.
+    """Passkey and needle in a haystack: is a number stated in a long text found again? In brackets: at once, with no other word before it.
 
     Examples:
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -35,6 +36,7 @@ _OPENING = {
 }
 _CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Delhi", "Tokyo", "Rome", "Quebec", "Dublin", "Athens", "Boston", "Vienna")
 _OTHERS = 3  # numbers that are not asked for
+_WORDS = 8  # tokens that may stand around a number that is written
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,12 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Cell:
-    """Shares of prompts answered at one length and depth: `exact`, the whole number written; `ranked`, the right number the
-    likeliest of four (None if it was not looked at)."""
+    """Shares of prompts answered at one length and depth.
+
+    exact: greedy decoding begins with the whole number.
+    ranked: the right number is the likeliest of four; None if it was not looked at.
+    number: the whole number is written, after whatever word or space: in “the 31134” too.
+    """
 
     task: str
     length: int
@@ -60,6 +66,7 @@ class Cell:
     prompts: int
     exact: float
     ranked: float | None
+    number: float
 
 
 @dataclass(frozen=True)
@@ -71,15 +78,15 @@ class Retrieval:
     seed: int
 
     def mean(self, task: str, length: int) -> float:
-        """The share answered exactly at a length, over depths."""
-        found = [cell.exact for cell in self.cells if (cell.task, cell.length) == (task, length)]
+        """The share whose number is written at a length, over depths."""
+        found = [cell.number for cell in self.cells if (cell.task, cell.length) == (task, length)]
         return sum(found) / len(found)
 
     def to_json(self) -> str:
         return json.dumps({"by": self.by, "seed": self.seed, "cells": [asdict(cell) for cell in self.cells]}, indent=1) + "\n"
 
     def table(self) -> Table:
-        """A row for each task and length, a column for each depth: exact, and ranked in brackets."""
+        """A row for each task and length, a column for each depth: the number written, and in brackets at once."""
         depths = sorted({cell.depth for cell in self.cells})
         table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("task", "tokens", *(f"depth {depth:.0%}" for depth in depths), "mean"):
@@ -87,7 +94,7 @@ class Retrieval:
         at = {(cell.task, cell.length, cell.depth): cell for cell in self.cells}
         for task, length in dict.fromkeys((cell.task, cell.length) for cell in self.cells):
             cells = [at[task, length, depth] for depth in depths]
-            shown = [f"{c.exact:.0%}" + ("" if c.ranked is None else f" ({c.ranked:.0%})") for c in cells]
+            shown = [f"{cell.number:.0%} ({cell.exact:.0%})" for cell in cells]
             table.add_row(task, f"{length:,}", *shown, f"{self.mean(task, length):.0%}")
         return table
 
@@ -180,8 +187,8 @@ def retrieval(
         depths: where the number stands, 0 … 1.
         prompts: at each length and depth.
         by: "forward", one pass over prompt and answer: exact where every token of the answer is the likeliest, which is what greedy
-            decoding writes, and ranked by the first token in which the choices differ; or "generate", greedy decoding itself,
-            through the model's cache, without ranks.
+            decoding writes, ranked by the first token in which the choices differ, the number by that and all after it; or
+            "generate", greedy decoding itself, through the model's cache, without ranks: the number is the first that is written.
 
     Raises:
         InputError: a task, length, depth or way that is not known, or prompts with tokens that the model has no embedding for.
@@ -206,11 +213,13 @@ def retrieval(
         for (task, length, depth), some in made.items():
             if by == "generate":
                 written = [_written(model, tokenizer, prompt, advance) for prompt in some]
-                cells.append(Cell(task, length, depth, prompts, sum(written) / prompts, None))
+                exact, number = (sum(column) / prompts for column in zip(*written))
+                cells.append(Cell(task, length, depth, prompts, exact, None, number))
                 continue
             questions = [Question.of(partial(_ids, tokenizer), one.text, one.choices, one.answer) for one in some]
-            exact, ranked = (sum(column) / prompts for column in zip(*answered(model, questions, advance)))
-            cells.append(Cell(task, length, depth, prompts, exact, ranked))
+            cells.append(
+                Cell(task, length, depth, prompts, *(sum(column) / prompts for column in zip(*answered(model, questions, advance))))
+            )
     return Retrieval(tuple(cells), by, seed)
 
 
@@ -218,13 +227,15 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _written(model: Any, tokenizer: Any, prompt: Hidden, advance: Callable[[], Any]) -> bool:
-    """Whether greedy decoding writes the answer, and then no further digit."""
+def _written(model: Any, tokenizer: Any, prompt: Hidden, advance: Callable[[], Any]) -> tuple[bool, bool]:
+    """Whether greedy decoding writes the answer, and then no further digit, at once; and whether it is the first number written."""
     advance()
     ids = torch.tensor([_ids(tokenizer, prompt.text)], device=device_of(model))
-    most = len(_ids(tokenizer, f" {prompt.answer}")) + 2
+    most = len(_ids(tokenizer, f" {prompt.answer}")) + _WORDS
     made = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
     said = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    return said.startswith(prompt.answer) and not said[len(prompt.answer) :][:1].isdigit()
+    number = re.search(r"\d+", said)
+    right = number is not None and number[0] == prompt.answer
+    return right and said.startswith(prompt.answer), right

@@ -188,7 +188,7 @@ def recall(
     questions = [Question.of(encode, prompt.text, prompt.codes, prompt.answer) for prompt in made]
     with evaluating(model), bar("recall", prompts, show=progress) as advance:
         found = answered(model, questions, advance)
-    exact, ranked = (sum(column) / prompts for column in zip(*found))
+    exact, ranked, _ = (sum(column) / prompts for column in zip(*found))
     return Recall(exact, ranked, prompts, pairs, distance)
 
 
@@ -208,10 +208,22 @@ class Question(NamedTuple):
         return cls(answers[answer], start, fork, tuple(ids[fork] for ids in answers.values()))
 
 
+class Answer(NamedTuple):
+    """How a question was answered.
+
+    exact: every token of the answer is the likeliest, which is what greedy decoding writes.
+    ranked: the right choice is likelier than its rivals, by the first token in which they differ.
+    number: every token from that one on is the likeliest, after those before it: whatever word or space the model would begin with.
+    """
+
+    exact: bool
+    ranked: bool
+    number: bool
+
+
 @torch.no_grad()
-def answered(model: Any, questions: Sequence[Question], advance: Callable[[], Any]) -> list[tuple[bool, bool]]:
-    """Of each question whether every token of the answer is the likeliest, which is what greedy decoding writes, and whether the right
-    choice is likelier than its rivals, by the first token in which they differ."""
+def answered(model: Any, questions: Sequence[Question], advance: Callable[[], Any]) -> list[Answer]:
+    """An answer to each question, in their order."""
     device, found = device_of(model), []
     for some in _together(questions, lambda question: len(question.ids), device):
         # padded on the right, which what is causal does not see
@@ -221,9 +233,9 @@ def answered(model: Any, questions: Sequence[Question], advance: Callable[[], An
         logits = model(input_ids=ids, use_cache=False, **_keeping(model, kept)).logits[:, -kept:]
         for row, (right, start, fork, rivals) in zip(logits, some):
             said = row[start - first : len(right) - first]
-            exact = said.argmax(-1).tolist() == right[start:]
+            same = [token == wanted for token, wanted in zip(said.argmax(-1).tolist(), right[start:])]
             scores = said[fork - start, list(rivals)].tolist()
-            found.append((exact, rivals[scores.index(max(scores))] == right[fork]))
+            found.append(Answer(all(same), rivals[scores.index(max(scores))] == right[fork], all(same[fork - start :])))
             advance()
     return found
 

@@ -58,23 +58,23 @@ def test_bad_prompts_are_refused(count):
 class Scripted(nn.Module):
     """A model that continues a prompt with what `answer(prompt)` says."""
 
-    def __init__(self, tokenizer, answer):
+    def __init__(self, tokenizer, answer, lead=" "):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.tokenizer, self.answer = tokenizer, answer
+        self.tokenizer, self.answer, self.lead = tokenizer, answer, lead
 
     def forward(self, input_ids, use_cache, logits_to_keep):
         text = self.tokenizer.decode(input_ids[0])
         end = text.index(" is", text.rindex("What is") + 7) + 3
         place = len(self.tokenizer(text[:end])["input_ids"])  # in bytes
         logits = torch.zeros(1, input_ids.shape[1], 257)
-        for offset, token in enumerate(self.tokenizer(f" {self.answer(text[:end])}.")["input_ids"]):
+        for offset, token in enumerate(self.tokenizer(f"{self.lead}{self.answer(text[:end])}.")["input_ids"]):
             if place - 1 + offset < input_ids.shape[1]:
                 logits[0, place - 1 + offset, token] = 1.0
         return SimpleNamespace(logits=logits[:, -logits_to_keep:])
 
     def generate(self, ids, max_new_tokens, **_):
-        said = self.tokenizer(f" {self.answer(self.tokenizer.decode(ids[0]))}.")["input_ids"][:max_new_tokens]
+        said = self.tokenizer(f"{self.lead}{self.answer(self.tokenizer.decode(ids[0]))}.")["input_ids"][:max_new_tokens]
         return torch.cat([ids, torch.tensor([said])], 1)
 
 
@@ -102,8 +102,20 @@ def test_scores_by_depth(tokenizer, by):
     assert score(window).mean("passkey", 700) == 0.5
     nearly = score(lambda text: knows(text)[0] + "xxxx")  # the right first digit, a wrong rest
     assert {cell.exact for cell in nearly.cells} == {0} and {cell.ranked for cell in nearly.cells} == {1 if by == "forward" else None}
+    assert {cell.number for cell in nearly.cells} == {0}
     longer = score(lambda text: knows(text) + "7")  # the number runs on: greedy decoding does not stop where the answer does
-    assert {cell.exact for cell in longer.cells} == ({1} if by == "forward" else {0})
+    assert {cell.exact for cell in longer.cells} == {cell.number for cell in longer.cells} == ({1} if by == "forward" else {0})
+
+
+@pytest.mark.parametrize("by", ["forward", "generate"])
+def test_a_number_after_another_word_is_found_but_not_exact(tokenizer, by):
+    """As of a model that goes on with “the 31134” where “31134” was asked for."""
+    options = {"tasks": ("passkey",), "lengths": (700,), "depths": (0.0, 1.0), "by": by}
+    found = retrieval(Scripted(tokenizer, knows, lead="~"), tokenizer, **options)
+    assert {(cell.exact, cell.number) for cell in found.cells} == {(0, 1)} and found.mean("passkey", 700) == 1
+    assert "100% (0%)" in str(found.table().columns[2]._cells)
+    wrong = retrieval(Scripted(tokenizer, lambda text: knows(text)[::-1], lead="~"), tokenizer, **options)
+    assert {(cell.exact, cell.number) for cell in wrong.cells} == {(0, 0)}
 
 
 def test_needle_asks_for_one_city_of_several(tokenizer):

@@ -152,15 +152,18 @@ def test_passkeys_are_taught_to_runs_by_label(main):
 
 
 def test_passkeys_of_several_seeds_are_one_row(parts):
-    def taught(seed, *shares, tokens=1_000_000):
-        cells = [{"length": 1024, "exact": share} for share in shares] + [{"length": 2048, "exact": 1.0}]
+    def taught(seed, *shares, tokens=1_000_000, **more):
+        cells = [{"length": 1024, "exact": share, **more} for share in shares] + [{"length": 2048, "exact": 1.0}]
         stages = {"finetune": {"tokens": tokens}}
         return {"kind": "passkey", "label": "lolcats", "seed": seed, "plan": PLAN, "answers": True, "stages": stages, "cells": cells}
 
-    runs = [taught(0, 1.0, 0.5), taught(1, 0.25, 0.25), taught(0, 0.5, 0.0, tokens=2_000_000)]
+    runs = [taught(0, 1.0, 0.5), taught(1, 0.25, 0.25), taught(0, 0.5, 0.0, tokens=2_000_000, number=0.75)]
     table = parts._tables.passkey_table(runs)
-    assert table["columns"][:4] == ["recipe", "settings", "tokens taught", "seeds"]
-    assert [row[2:4] + row[5:] for row in table["rows"]] == [["1 M", "2", "50 % (25–75)", "100 % (100–100)"], ["2 M", "1", "25 %", "100 %"]]
+    assert table["columns"][:4] == ["recipe", "settings", "tokens taught", "seeds"] and table["columns"][5] == "passkeys"
+    number, exact = parts._tables.COUNTED.values()
+    assert [row[2:4] + row[5:] for row in table["rows"]] == [
+        ["1 M", "2", exact, "50 % (25–75)", "100 % (100–100)"], ["2 M", "1", number, "75 %", "–"], ["2 M", "1", exact, "25 %", "100 %"],
+    ]  # fmt: skip
 
 
 def test_seeds_of_other_settings_are_one_row(parts):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from subquad.checks import autocasts
 
@@ -56,8 +57,8 @@ _level = torch._C._functorch.maybe_current_level
 
 
 def transformed() -> bool:
-    """Whether a call is inside torch.func, whose transforms know neither kernels nor autograd Functions of the common kind."""
-    return not torch.compiler.is_compiling() and _level() is not None
+    """Whether a call is inside torch.func or forward mode, which know neither kernels nor autograd Functions of the common kind."""
+    return not torch.compiler.is_compiling() and (_level() is not None or forward_ad._current_level >= 0)
 
 
 @cache

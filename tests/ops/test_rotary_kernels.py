@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
@@ -186,6 +187,18 @@ def test_angles_learn(learns, interleaved, launches):
     with torch.no_grad():
         apply(x, *tables, interleaved)
     assert launches == ["forth"]
+
+
+@PAIRINGS
+def test_forward_mode(interleaved, launches):
+    """In plain torch: the kernel knows no tangents."""
+    (x, cos, sin), (along, *_) = make(turned=12), make()
+    with forward_ad.dual_level():
+        out, tangent = forward_ad.unpack_dual(apply(forward_ad.make_dual(x, along), cos, sin, interleaved))
+    for got, given in ((out, x), (tangent, along)):
+        wanted = defined(given.double(), cos.double(), sin.double(), interleaved)
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
+    assert not launches
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2), (2, 5, 0)])

@@ -315,6 +315,19 @@ def test_where_it_serves(tokens, monkeypatch):
     assert len(tokens) == 1
 
 
+def test_angles_learn(tokens):
+    module = make(sinks=2).requires_grad_(False)
+    x, rotary = inputs(module, 8), angles(torch.arange(8))
+    state = started(module, x, rotary, 7)
+    tokens.clear()
+    cos, exact = rotary.cos[7:].requires_grad_(), rotary.cos.double()[7:].requires_grad_()
+    o, _ = module(*(y[:, 7:] for y in x), rotary=Rotary(cos, rotary.sin[7:]), state=state, return_state=True)
+    whole = Rotary(torch.cat([rotary.cos[:7].double(), exact]), rotary.sin.double())
+    (wanted,) = torch.autograd.grad(defined(module, x, whole)[:, 7].sum(), exact)
+    (got,) = torch.autograd.grad(o.sum(), cos)
+    assert not tokens and (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 def test_inputs_that_it_does_not_take():
     module = make()
     (q, k, v), kept, sums, _ = given(module, 3)

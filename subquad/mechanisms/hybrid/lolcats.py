@@ -135,7 +135,7 @@ class Lolcats(Attention):
         if call.cu_seqlens is None and self.window_form == "sw":
             if call.state is None:
                 return from_start(self, near, far, v, call.return_state)
-            if kernel_serves(self, q, k, v, call.state):
+            if kernel_serves(self, *near, v, call.state):
                 return kernel_step(self, near, far, v, call.state)
         q, k = near if self.far_rotary else (torch.cat(pair, -1) for pair in zip(near, far))  # both kinds, side by side
         if call.state is not None and call.cu_seqlens is None and q.shape[1] == 1:
@@ -327,7 +327,7 @@ def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tupl
 
 
 def kernel_serves(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> bool:
-    """Whether `kernel_step` has this call, of window form "sw"."""
+    """Whether `kernel_step` has this call, of window form "sw"; q and k are turned, as angles may ask for gradients too."""
     maps = module.get_parameter("W_q"), module.get_parameter("W_k")
     return serves(q, k, v, (state["k"], state["v"]), state["S"], maps, module.window_factor)
 

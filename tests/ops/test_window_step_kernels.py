@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 from bounds import check_bounds
 
 import subquad
-from subquad import Rotary
+from subquad import InputError, Rotary
 from subquad.mechanisms.hybrid import lolcats
 from subquad.ops.window_step import fused, serves, window_step
 from subquad.state import State
@@ -341,6 +341,18 @@ def test_inputs_that_it_does_not_take():
     assert not served(maps=(module.W_q.double(), module.W_k)) and not served(q=q.repeat(1, 2, 1, 1))
     assert not served(v=torch.zeros(2, 1, 2, 257, device=DEVICE)) and not served(q=q.double())
     assert not torch.func.vmap(lambda y: y * served(q=y[None]))(q).any()
+
+
+@pytest.mark.parametrize(
+    "name, other", [("S", {"feature_dim": 8}), ("k", {"window": 4}), ("k", {"sinks": 1}), ("k", {"far_rotary": False})], ids=str
+)
+def test_states_of_other_sizes_are_refused(name, other, tokens):
+    """Made by hand, so that they do not say whose they are."""
+    (q, k, v), kept, sums, length = given(make(**other), 9)
+    state = State({"S": sums, "k": kept[0], "v": kept[1]}, length)
+    with torch.no_grad(), pytest.raises(InputError, match=rf"state\['{name}'\]"):
+        make()(q, k, v, state=state)
+    assert not tokens
 
 
 def test_the_operator_is_well_formed():

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from subquad.checks import InputError, compute_dtype
+from subquad.checks import InputError, check_tensor, compute_dtype
 from subquad.contract import Attention, Call, Card, Shape, register
 from subquad.ops.common import expand_heads
 from subquad.ops.feature_maps import project_softmax_halves
@@ -335,7 +335,16 @@ def kernel_serves(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State
 def kernel_step(
     module: Lolcats, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], v: Tensor, state: State
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """`step` as one kernel, of q and k for the window and for the past."""
+    """`step` as one kernel, of q and k for the window and for the past.
+
+    Raises:
+        InputError: a state of other sizes, as of another window, made by hand: the kernel would read past its ends.
+    """
+    keys = module.head_dim * (1 if module.far_rotary else 2)
+    sizes = {"S": (module.heads, 2 * module.feature_dim, module.value_dim + 1)}
+    sizes |= {name: (module.held, module.kv_heads, width) for name, width in (("k", keys), ("v", module.value_dim))}
+    for name, size in sizes.items():
+        check_tensor(f"state[{name!r}]", state[name], (v.shape[0], *size), v)
     maps = module.get_parameter("W_q"), module.get_parameter("W_k")
     o, (k, v), sums = window_step(
         *near, v, (state["k"], state["v"]), state["S"], state.length, maps, module.window_factor,

@@ -225,6 +225,12 @@ def kept(earlier: dict[str, Any], report: Report, plan: Plan) -> list[dict[str, 
     return [{"commit": earlier["commit"], **run} for run in earlier["training"] if "error" not in run and run["seed"] < plan.seeds]
 
 
+def timed(earlier: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """The times of a step in an earlier result, and the commit of each."""
+    times = {name: ms for name, ms in earlier.get("speed", {}).items() if name in MECHANISMS}
+    return times, {name: earlier.get("speed_commits", {}).get(name, earlier["commit"]) for name in times}
+
+
 def train_all(
     report: Report, plan: Plan, device: str, workers: int, deadline: float, done: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -308,9 +314,14 @@ def main() -> int:
         said = f"Of the runs, {len(done)} are of an earlier commit: {', '.join(f'`{one}`' for one in commits)}."
         bare = sum("rank" not in run for run in done)
         report.result["notes"].append(said + (f" {bare} of them have no rank: that column is of the others." if bare else ""))
-    known = {name: ms for name, ms in earlier.get("speed", {}).items() if name in MECHANISMS}
+    known, made_at = timed(earlier)
+    if commits := sorted({*made_at.values()} - {report.result["commit"]}):
+        report.result["notes"].append(
+            f"Of the times of a step, {len(known)} are of an earlier commit: {', '.join(f'`{x}`' for x in commits)}."
+        )
     report.fenced("speed", lambda _: speed(plan, given.device, known), seconds=60 if cuda else 600)
     report.result["speed"] = known  # those that there was time for
+    report.result["speed_commits"] = {name: made_at.get(name, report.result["commit"]) for name in known}
     workers = given.workers or (len(MECHANISMS) if cuda else 1)
     report.fenced("training", lambda r: train_all(r, plan, given.device, workers, deadline, done), seconds=10**6)
     runs = report.result["training"]

@@ -111,3 +111,10 @@ def test_an_earlier_result_is_gone_on_from(experiment):
         experiment.kept({"benchmark": "kernels"}, report, plan)
     with pytest.raises(SystemExit, match="device 'card' there, 'other' here"):
         experiment.kept(earlier, SimpleNamespace(result={"device": "other"}), plan)
+
+
+def test_times_of_an_earlier_result_keep_their_commit(experiment):
+    earlier = {"commit": "b", "speed": {"rala": 2.0, "mala": 3.0, "other": 1.0}, "speed_commits": {"rala": "a"}}
+    assert experiment.timed(earlier) == ({"rala": 2.0, "mala": 3.0}, {"rala": "a", "mala": "b"})
+    assert experiment.timed({}) == ({}, {})
+    assert experiment.timed({"commit": "b", "speed": {"error": "late", "traceback": ""}}) == ({}, {})

@@ -273,6 +273,15 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+def labels(text: str) -> tuple[str, ...]:
+    """Labels of runs, some of which have a comma themselves."""
+    known, found = {job.label for job in JOBS}, [""]
+    for word in words(text):
+        joined = f"{found[-1]}, {word}"
+        found[-1:] = [joined] if joined in known else [found[-1], word]
+    return tuple(found[1:])
+
+
 def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words(text))
 
@@ -288,8 +297,8 @@ def arguments() -> argparse.Namespace:
     add("--only", type=words, default=("recipes",), help=f"sections, of {', '.join(SECTIONS)}")
     add("--model", default="smollm2-135m")
     add("--dtype", help="of the weights (default: bfloat16 on cuda, float32 on cpu)")
-    add("--recipes", type=words, help="labels of runs (default: all)")
-    add("--seeds-for", type=words, default=("lolcats",), help="labels that get seeds 1 and 2 as well, in all that is trained")
+    add("--recipes", type=labels, help="labels of runs (default: all)")
+    add("--seeds-for", type=labels, default=("lolcats",), help="labels that get seeds 1 and 2 as well, in all that is trained")
     add("--tokens", type=float, default=6e6, help="that every run reads")
     add("--length", type=int, default=1024, help="of a sequence, and of the windows of perplexity")
     add("--batch", type=int, default=8, help="sequences of a step")
@@ -307,7 +316,7 @@ def arguments() -> argparse.Namespace:
     add("--prompts", type=int, default=64, help="of recall, at each distance")
     add("--distances", type=numbers, default=RECALL)
     add("--speed-for", type=words, default=("lolcats",), help="recipes to time beside the original")
-    add("--passkey-for", type=words, default=PASSKEYS, help="runs, by label or recipe, to train on passkeys and codes")
+    add("--passkey-for", type=labels, default=PASSKEYS, help="runs, by label or recipe, to train on passkeys and codes")
     add("--passkey-tokens", type=float, default=2e6)
     add("--passkey-loss", choices=("all", "answer"), default="all")
     add("--passkey-lengths", type=numbers, default=(1024, 2048, 4096, 8192))

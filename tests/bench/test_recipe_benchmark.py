@@ -151,6 +151,12 @@ def test_passkeys_are_taught_to_runs_by_label(main):
         main.passkey_tasks(Namespace(**given | {"passkey_for": ("lolcat 3:1",)}), PLAN)
 
 
+def test_labels_with_a_comma_can_be_asked_for(main):
+    every = [job.label for job in main.JOBS]
+    assert main.labels(",".join(every)) == main.labels(", ".join(every)) == tuple(every)
+    assert main.labels("lolcats-sinks, lawcat") == ("lolcats-sinks", "lawcat") and main.labels("") == ()
+
+
 def test_passkeys_of_several_seeds_are_one_row(parts):
     def taught(seed, *shares, tokens=1_000_000, **more):
         cells = [{"length": 1024, "exact": share, **more} for share in shares] + [{"length": 2048, "exact": 1.0}]

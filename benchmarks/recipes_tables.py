@@ -220,7 +220,8 @@ def _costs(some: Sequence[Mapping[str, Any]]) -> list[str]:
         if not stages:
             cells += [DASH, DASH]
             continue
-        seconds, rate = (statistics.fmean(stage[key] for stage in stages) for key in ("seconds", "tokens_per_s"))
+        seconds = statistics.fmean(stage["seconds"] for stage in stages)
+        rate = statistics.fmean(stage["tokens"] for stage in stages) / seconds
         peak = stages[0]["peak_mib"]
         cells += [f"{seconds:.0f} s, {rate:,.0f} tokens/s", f"{peak / 1024:.3g} GiB" if peak else DASH]
     return cells

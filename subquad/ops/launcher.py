@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -49,6 +49,17 @@ def _stand_in(x: TensorDescriptor) -> TensorDescriptor:
     return found
 
 
+def _kind(x: Tensor | TensorDescriptor) -> Any:
+    """What Triton specialises on of a tensor: its dtype, and whether it is aligned. All descriptors of a launcher are alike."""
+    return False if type(x) is TensorDescriptor else x.dtype if not x.data_ptr() & 15 else (x.dtype,)
+
+
+@lru_cache(4096, typed=True)
+def _kinds(strides: tuple[int, ...], *plain: float) -> tuple[Any, ...]:
+    """The same of strides and of plain numbers."""
+    return tuple([(x & 15 == 0, x == 1, x >> 31) for x in strides]), tuple([x >> 31 if type(x) is int else float for x in plain])
+
+
 class Missing(Exception):
     """A kernel is not compiled yet."""
 
@@ -76,9 +87,8 @@ class Launcher:
                 return self(grid, tensors, strides, plain)
         key = (
             device,
-            tuple([(x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x is None for x in tensors]),
-            tuple([(x & 15 == 0, x == 1, x >> 31) for x in strides]),
-            tuple([x >> 31 if type(x) is int else float for x in plain]),
+            tuple([x if x is None else _kind(x) for x in tensors]),
+            _kinds(strides, *plain),
         )
         found = self.known.get(key)
         if found is None or _thread.jobs is not None or _watched():

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+FLOATING = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
 class InputError(ValueError):
     """Raised for every kind of bad input. The message names the argument, what it was, and what it should be."""
 
@@ -54,7 +57,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, longer_keys: bool = False) -> 
             raise InputError(name, type(x).__name__, "a tensor [B, N, H, D]")
         if x.dim() != 4:
             raise InputError(name, shape_of(x), "four dimensions [B, N, H, D]")
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        if x.dtype not in FLOATING:
             raise InputError(name, shape_of(x), "a floating-point tensor (float16, bfloat16, float32 or float64)")
         if x.dtype != q.dtype:
             raise InputError(name, shape_of(x), f"the dtype of q, {str(q.dtype).removeprefix('torch.')}")

@@ -144,7 +144,8 @@ class Lolcats(Attention):
 
     def features(self, name: Literal["W_q", "W_k"], x: Tensor) -> Tensor:
         """φ of queries or keys as `mix` has them: ``[B, N, H, 2F]``, in their dtype (float32 for float16)."""
-        return project_softmax_halves(x[..., -self.head_dim :], self.get_parameter(name))
+        x = x if x.shape[-1] == self.head_dim else x[..., -self.head_dim :]
+        return project_softmax_halves(x, getattr(self, name))
 
     def near(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Of queries and keys as `mix` has them the rotated ones, which softmax sees."""
@@ -234,8 +235,9 @@ def from_start(
 
     def held(x: Tensor) -> Tensor:
         """The sinks, zeros for the tokens that are not there yet, and the last w."""
-        gap = x.new_zeros(x.shape[0], max(0, sinks - n) + max(0, w - n), *x.shape[2:])
-        return torch.cat([x[:, :sinks], gap, x[:, max(0, n - w) :]], 1)
+        missing = max(0, sinks - n) + max(0, w - n)
+        gap = [x.new_zeros(x.shape[0], missing, *x.shape[2:])] if missing else []
+        return torch.cat([x[:, :sinks], *gap, x[:, max(0, n - w) :]], 1)
 
     keys = held(k) if module.far_rotary else torch.cat([held(k), held(far_k)], -1)
     return o, {"S": sums, "k": keys, "v": held(v)}

@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -143,6 +142,11 @@ class Attention(nn.Module):
     """
 
     card: Card
+    _option_names: tuple[str, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._option_names = tuple(option_defaults(cls))  # once: a signature takes as long to read as several kernels to launch
 
     def __init__(
         self,
@@ -173,7 +177,7 @@ class Attention(nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         """The options it was made with, defaults included."""
-        return {name: getattr(self, name) for name in _option_names(type(self))}
+        return {name: getattr(self, name) for name in self._option_names}
 
     @property
     def _sizes(self) -> str:
@@ -372,12 +376,6 @@ def option_defaults(cls: type[Attention]) -> dict[str, Any]:
     """A mechanism's options and their defaults, read off its `__init__`."""
     parameters = inspect.signature(cls.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in _SIZES and p.kind is not p.VAR_KEYWORD}
-
-
-@cache
-def _option_names(cls: type[Attention]) -> tuple[str, ...]:
-    """Their names, found once: a signature takes as long to read as several kernels to launch."""
-    return tuple(option_defaults(cls))
 
 
 def _check_type(option: str, value: object, default: object) -> None:

@@ -32,7 +32,7 @@ from subquad.ops.sparse import Layout, sparse_attention
 from subquad.ops.sparse.recent import Near, attend_behind, kept_positions
 from subquad.ops.sparse.ring import store
 from subquad.ops.sparse.stream import Stream
-from subquad.ops.window_step import serves, window_step
+from subquad.ops.window_step import first_kept, serves, window_step
 from subquad.rotary import Rotary, rotate
 from subquad.state import State
 
@@ -232,15 +232,8 @@ def from_start(
     o = module.combine(by_softmax, by_maps, mass, q.dtype)
     if not return_state:
         return o, None
-
-    def held(x: Tensor) -> Tensor:
-        """The sinks, zeros for the tokens that are not there yet, and the last w."""
-        missing = max(0, sinks - n) + max(0, w - n)
-        gap = [x.new_zeros(x.shape[0], missing, *x.shape[2:])] if missing else []
-        return torch.cat([x[:, :sinks], *gap, x[:, max(0, n - w) :]], 1)
-
-    keys = held(k) if module.far_rotary else torch.cat([held(k), held(far_k)], -1)
-    return o, {"S": sums, "k": keys, "v": held(v)}
+    keys, values = first_kept(k, v, None if module.far_rotary else far_k, sinks, w)
+    return o, {"S": sums, "k": keys, "v": values}
 
 
 def with_ones(v: Tensor, real: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from subquad.ops.common import kernels_serve
+from subquad.ops.window_step.keep import first_kept
 
-__all__ = ["serves", "window_step"]
+__all__ = ["first_kept", "serves", "window_step"]
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, Tensor], sums: Tensor, maps: tuple[Tensor, Tensor], factor: Tensor) -> bool:

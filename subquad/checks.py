@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 FLOATING = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 

@@ -401,3 +401,24 @@ def test_gradients_reach_what_is_kept():
     (keys.sum() + values.sum()).backward()
     seen = torch.tensor([1.0, 1, 0, 0, 0, 0, 1, 1, 1], device=DEVICE)
     assert torch.equal(v.grad[0, :, 0, 0], seen) and torch.equal(k.grad[0, :, 0, 0], 2 * seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, options", [(17, {}), (40, {"far_rotary": False}), (33, {"affine_factors": True, "sinks": 0}), (9, {})])
+def test_a_first_call_without_gradients_is_that_with_them(n, options, dtype, monkeypatch):
+    """The same kernels, launched by another path; and, where nothing is past, by the one path."""
+    from subquad.ops.window_step import first
+
+    module = make(window=5, **{"sinks": 3, **options}).to(dtype)
+    q, k, v = inputs(module, n, dtype=dtype)
+    ran, call = [], first.first_call
+    monkeypatch.setattr(first, "first_call", lambda *given: (ran.append(1), call(*given))[1])
+    o, state = module(q, k, v, rotary=angles(torch.arange(n)), return_state=True)
+    assert o.requires_grad and not ran
+    with torch.no_grad():
+        alike, same = module(q, k, v, rotary=angles(torch.arange(n)), return_state=True)
+        alone = module(q, k, v, rotary=angles(torch.arange(n)))
+    assert len(ran) == (2 if n > 9 else 0)
+    assert torch.equal(o, alike) and torch.equal(o, alone) and torch.equal(state.length, same.length)
+    assert state.tensors.keys() == same.tensors.keys()
+    assert all(torch.equal(x, same[name]) for name, x in state.tensors.items())

@@ -32,7 +32,7 @@ from subquad.ops.sparse import Layout, sparse_attention
 from subquad.ops.sparse.recent import Near, attend_behind, kept_positions
 from subquad.ops.sparse.ring import store
 from subquad.ops.sparse.stream import Stream
-from subquad.ops.window_step import first_kept, serves, window_step
+from subquad.ops.window_step import first_kept, serves, serves_first, window_step
 from subquad.rotary import Rotary, rotate
 from subquad.state import State
 
@@ -224,12 +224,20 @@ def from_start(
     """
     (q, k), (far_q, far_k) = near, far
     n, w, sinks = q.shape[1], module.window, module.sinks
-    by_softmax = sparse_attention(q, k, v, module.layout(n, n), return_lse=True, return_max=True)
-    late = max(0, n - w - sinks)  # queries with a past, and keys in it
+    late, layout = max(0, n - w - sinks), module.layout(n, n)  # queries with a past, and keys in it
     past = slice(sinks, sinks + late)
-    fq, fk = module.feature_pair(far_q[:, w + sinks :], far_k[:, past])
-    by_maps, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
-    o = module.combine(by_softmax, by_maps, mass, q.dtype)
+    far_q, past_k, maps = far_q[:, w + sinks :], far_k[:, past], (module.W_q, module.W_k)
+    if serves_first(q, k, v, (far_q, past_k), maps, module.window_factor):
+        from subquad.ops.window_step.first import first_call  # Triton is imported when it is first needed
+
+        o, sums = first_call(
+            q, k, v, (far_q, past_k), layout, maps, module.window_factor, sinks, module.affine_factors, return_state
+        )  # fmt: skip
+    else:
+        by_softmax = sparse_attention(q, k, v, layout, return_lse=True, return_max=True)
+        fq, fk = module.feature_pair(far_q, past_k)
+        by_maps, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
+        o = module.combine(by_softmax, by_maps, mass, q.dtype)
     if not return_state:
         return o, None
     keys, values = first_kept(k, v, None if module.far_rotary else far_k, sinks, w)

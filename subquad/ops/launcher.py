@@ -38,8 +38,8 @@ _thread = _Thread()
 
 def _watched() -> bool:
     """Whether a profiler of Triton's wants to hear of launches."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _stand_in(x: TensorDescriptor) -> TensorDescriptor:

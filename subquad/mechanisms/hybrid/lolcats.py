@@ -95,6 +95,8 @@ class Lolcats(Attention):
     """
 
     card = CARD
+    W_q: nn.Parameter
+    W_k: nn.Parameter
 
     def __init__(
         self, heads: int, head_dim: int, *, window: int = 64, window_form: Literal["sw", "tk"] = "sw", sinks: int = 0,

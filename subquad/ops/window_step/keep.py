@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,18 +36,22 @@ def _kept(x: Tensor, sinks: int, window: int) -> Tensor:
 
 def _by_kernel(k: Tensor, v: Tensor, far: Tensor | None, sinks: int, window: int) -> tuple[Tensor, Tensor]:
     """As one launch, where torch would take as many as ten."""
-    from subquad.ops.launcher import launcher  # Triton is imported when it is first needed
-    from subquad.ops.window_step.kernels import keep_kernel
-
     k, v, far = by_rows(k), by_rows(v), None if far is None else by_rows(far)
     (batch, n, heads, width), columns, held = k.shape, v.shape[3], sinks + window
     keys = torch.empty((batch, held, heads, width if far is None else 2 * width), dtype=k.dtype, device=k.device)
     values = torch.empty((batch, held, heads, columns), dtype=v.dtype, device=v.device)
     if batch:
-        run = launcher(
-            keep_kernel, H=heads, WINDOW=window, SINKS=sinks, D=width, V=columns, BD=padded(width), BV=padded(columns),
-            PAIR=far is not None, num_warps=1,
-        )  # fmt: skip
         strides = (*k.stride()[:3], *(k if far is None else far).stride()[:3], *v.stride()[:3])
+        run = _launcher(heads, width, columns, sinks, window, far is not None)
         run((batch * held * heads, 1, 1), (k, far, v, keys, values), strides, (n,))
     return keys, values
+
+
+@cache
+def _launcher(heads: int, width: int, columns: int, sinks: int, window: int, pair: bool) -> Any:
+    from subquad.ops.launcher import launcher  # Triton is imported when it is first needed
+    from subquad.ops.window_step.kernels import keep_kernel
+
+    return launcher(
+        keep_kernel, H=heads, WINDOW=window, SINKS=sinks, D=width, V=columns, BD=padded(width), BV=padded(columns), PAIR=pair, num_warps=1
+    )  # fmt: skip

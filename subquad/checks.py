@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOATING = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
 
 class InputError(ValueError):
     """Raised for every kind of bad input. The message names the argument, what it was, and what it should be."""
@@ -43,18 +45,27 @@ def shape_of(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether all are floating-point tensors of four dimensions, of one batch size, dtype and device: asked at once, as it is usual."""
+    return (
+        isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.dim() == k.dim() == v.dim() == 4
+        and q.dtype == k.dtype == v.dtype and q.dtype in FLOATING and q.device == k.device == v.device
+        and q.shape[0] == k.shape[0] == v.shape[0]
+    )  # fmt: skip
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, longer_keys: bool = False) -> int:
     """Check q, k, v ``[B, N, H, D]`` against each other; returns the largest head count.
 
     Head counts each divide the largest; k and v have equal N, q's N is theirs (or, with `longer_keys`, at most
     theirs); q and k have equal D; all are floating point, of one dtype, on one device.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    for name, x in () if _alike(q, k, v) else (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise InputError(name, type(x).__name__, "a tensor [B, N, H, D]")
         if x.dim() != 4:
             raise InputError(name, shape_of(x), "four dimensions [B, N, H, D]")
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        if x.dtype not in FLOATING:
             raise InputError(name, shape_of(x), "a floating-point tensor (float16, bfloat16, float32 or float64)")
         if x.dtype != q.dtype:
             raise InputError(name, shape_of(x), f"the dtype of q, {str(q.dtype).removeprefix('torch.')}")
@@ -71,9 +82,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, longer_keys: bool = False) -> 
         raise InputError("k", shape_of(k), f"as many tokens as q, {q.shape[1]}")
     if q.shape[3] != k.shape[3]:
         raise InputError("k", shape_of(k), f"the head dim of q, {q.shape[3]}")
-    heads = max(q.shape[2], k.shape[2], v.shape[2])
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape[2] == 0 or heads % x.shape[2]:
+    counts = q.shape[2], k.shape[2], v.shape[2]
+    heads = max(counts)
+    for name, x, count in zip("qkv", (q, k, v), counts):
+        if count == 0 or heads % count:
             raise InputError(name, shape_of(x), f"a head count that divides the largest, {heads}")
     return heads
 

@@ -142,6 +142,11 @@ class Attention(nn.Module):
     """
 
     card: Card
+    _option_names: tuple[str, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._option_names = tuple(option_defaults(cls))  # once: a signature takes as long to read as several kernels to launch
 
     def __init__(
         self,
@@ -172,7 +177,7 @@ class Attention(nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         """The options it was made with, defaults included."""
-        return {name: getattr(self, name) for name in option_defaults(type(self))}
+        return {name: getattr(self, name) for name in self._option_names}
 
     @property
     def _sizes(self) -> str:

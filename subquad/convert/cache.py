@@ -211,6 +211,9 @@ class SubquadCache(Cache):
     """
 
     def __init__(self, model: Any) -> None:
+        if getattr(model, "all_swapped", False):  # the inner model's word, as all modules take long to look through
+            super().__init__(layers=[StateLayer() for _ in model.layers])
+            return
         from subquad.convert.swap import swapped  # swap imports this file's users
 
         inside = swapped(model)

@@ -107,7 +107,7 @@ class SwappedDecoderAttention(SwappedAttention):
         q = self.q_proj(hidden).unflatten(-1, (-1, width))
         k = self.k_proj(hidden).unflatten(-1, (-1, width))
         v = self.v_proj(hidden).unflatten(-1, (-1, width))
-        if hasattr(self, "q_norm"):
+        if "q_norm" in self._modules:  # `hasattr` would raise and catch an error
             q, k = self.q_norm(q), self.k_norm(k)
         if abs(self.query_scale - 1) > 1e-6:
             q = q * self.query_scale

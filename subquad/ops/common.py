@@ -70,14 +70,15 @@ def _capable(device: torch.device) -> bool:
 
 def kernels_serve(x: Tensor, *widths: int) -> bool:
     """Whether the Triton kernels serve tensors like x with these head dims: on CUDA, or wherever SUBQUAD_KERNELS=on; not =off."""
-    if transformed():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _level() is not None:  # `transformed`
         return False
     wish = os.environ.get("SUBQUAD_KERNELS", "auto")
     if wish == "off" or x.dtype == torch.float64 or max(0, *widths) > 256:
         return False
     if not x.is_cuda and wish != "on":
         return False
-    return torch.compiler.is_compiling() or _capable(x.device)  # what compiles has Triton
+    return compiling or _capable(x.device)  # what compiles has Triton
 
 
 def traced(x: Tensor) -> bool:

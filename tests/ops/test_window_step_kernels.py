@@ -14,7 +14,7 @@ from bounds import check_bounds
 import subquad
 from subquad import InputError, Rotary
 from subquad.mechanisms.hybrid import lolcats
-from subquad.ops.window_step import fused, serves, window_step
+from subquad.ops.window_step import first_kept, fused, serves, window_step
 from subquad.state import State
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -403,3 +403,49 @@ def test_is_exported():
         o, *after, new = program.module()(*x, sums, *kept, length)
     assert "window_step" in str(program.graph)
     agree((o, after, new), in_torch(module, x, kept, sums, length))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n, sinks, window", [(1, 2, 5), (4, 2, 5), (6, 7, 3), (7, 2, 5), (40, 3, 5), (9, 0, 4)])
+@pytest.mark.parametrize("pair", [False, True])
+def test_what_is_kept_of_a_first_call(n, sinks, window, pair, dtype):
+    """Token by token: the first stand in front, the last at the end, and what is not there is zero."""
+    k, far = (torch.randn(2, 3, n, 24, device=DEVICE).to(dtype).transpose(1, 2) for _ in range(2))
+    v = torch.randn(2, n, 3, 20, device=DEVICE).to(dtype)
+    keys, values = first_kept(k, v, far if pair else None, sinks, window)
+    whole = torch.cat([k, far], -1) if pair else k
+    for kept, x in ((keys, whole), (values, v)):
+        assert kept.shape == (2, sinks + window, *x.shape[2:]) and kept.dtype == dtype
+        for place in range(sinks + window):
+            token = place if place < sinks else n - (sinks + window) + place
+            want = x[:, token] if 0 <= token < n else torch.zeros_like(x[:, 0])
+            assert torch.equal(kept[:, place], want)
+
+
+def test_gradients_reach_what_is_kept():
+    k, v = torch.randn(1, 9, 2, 8, device=DEVICE, requires_grad=True), torch.randn(1, 9, 2, 8, device=DEVICE, requires_grad=True)
+    keys, values = first_kept(k, v, k, 2, 3)
+    (keys.sum() + values.sum()).backward()
+    seen = torch.tensor([1.0, 1, 0, 0, 0, 0, 1, 1, 1], device=DEVICE)
+    assert torch.equal(v.grad[0, :, 0, 0], seen) and torch.equal(k.grad[0, :, 0, 0], 2 * seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, options", [(17, {}), (40, {"far_rotary": False}), (33, {"affine_factors": True, "sinks": 0}), (9, {})])
+def test_a_first_call_without_gradients_is_that_with_them(n, options, dtype, monkeypatch):
+    """The same kernels, launched by another path; and, where nothing is past, by the one path."""
+    from subquad.ops.window_step import first
+
+    module = make(window=5, **{"sinks": 3, **options}).to(dtype)
+    q, k, v = inputs(module, n, dtype=dtype)
+    ran, call = [], first.first_call
+    monkeypatch.setattr(first, "first_call", lambda *given: (ran.append(1), call(*given))[1])
+    o, state = module(q, k, v, rotary=angles(torch.arange(n)), return_state=True)
+    assert o.requires_grad and not ran
+    with torch.no_grad():
+        alike, same = module(q, k, v, rotary=angles(torch.arange(n)), return_state=True)
+        alone = module(q, k, v, rotary=angles(torch.arange(n)))
+    assert len(ran) == (2 if n > 9 else 0)
+    assert torch.equal(o, alike) and torch.equal(o, alone) and torch.equal(state.length, same.length)
+    assert state.tensors.keys() == same.tensors.keys()
+    assert all(torch.equal(x, same[name]) for name, x in state.tensors.items())

@@ -32,7 +32,7 @@ from subquad.ops.sparse import Layout, sparse_attention
 from subquad.ops.sparse.recent import Near, attend_behind, kept_positions
 from subquad.ops.sparse.ring import store
 from subquad.ops.sparse.stream import Stream
-from subquad.ops.window_step import serves, window_step
+from subquad.ops.window_step import first_kept, serves, serves_first, window_step
 from subquad.rotary import Rotary, rotate
 from subquad.state import State
 
@@ -95,6 +95,8 @@ class Lolcats(Attention):
     """
 
     card = CARD
+    W_q: nn.Parameter
+    W_k: nn.Parameter
 
     def __init__(
         self, heads: int, head_dim: int, *, window: int = 64, window_form: Literal["sw", "tk"] = "sw", sinks: int = 0,
@@ -144,7 +146,8 @@ class Lolcats(Attention):
 
     def features(self, name: Literal["W_q", "W_k"], x: Tensor) -> Tensor:
         """φ of queries or keys as `mix` has them: ``[B, N, H, 2F]``, in their dtype (float32 for float16)."""
-        return project_softmax_halves(x[..., -self.head_dim :], self.get_parameter(name))
+        x = x if x.shape[-1] == self.head_dim else x[..., -self.head_dim :]
+        return project_softmax_halves(x, getattr(self, name))
 
     def near(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Of queries and keys as `mix` has them the rotated ones, which softmax sees."""
@@ -223,22 +226,24 @@ def from_start(
     """
     (q, k), (far_q, far_k) = near, far
     n, w, sinks = q.shape[1], module.window, module.sinks
-    by_softmax = sparse_attention(q, k, v, module.layout(n, n), return_lse=True, return_max=True)
-    late = max(0, n - w - sinks)  # queries with a past, and keys in it
+    late, layout = max(0, n - w - sinks), module.layout(n, n)  # queries with a past, and keys in it
     past = slice(sinks, sinks + late)
-    fq, fk = module.feature_pair(far_q[:, w + sinks :], far_k[:, past])
-    by_maps, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
-    o = module.combine(by_softmax, by_maps, mass, q.dtype)
+    far_q, past_k, maps = far_q[:, w + sinks :], far_k[:, past], (module.W_q, module.W_k)
+    if serves_first(q, k, v, (far_q, past_k), maps, module.window_factor):
+        from subquad.ops.window_step.first import first_call  # Triton is imported when it is first needed
+
+        o, sums = first_call(
+            q, k, v, (far_q, past_k), layout, maps, module.window_factor, sinks, module.affine_factors, return_state
+        )  # fmt: skip
+    else:
+        by_softmax = sparse_attention(q, k, v, layout, return_lse=True, return_max=True)
+        fq, fk = module.feature_pair(far_q, past_k)
+        by_maps, mass, sums = linear_sums(fq, fk, v[:, past].to(fq.dtype), return_state=return_state)
+        o = module.combine(by_softmax, by_maps, mass, q.dtype)
     if not return_state:
         return o, None
-
-    def held(x: Tensor) -> Tensor:
-        """The sinks, zeros for the tokens that are not there yet, and the last w."""
-        gap = x.new_zeros(x.shape[0], max(0, sinks - n) + max(0, w - n), *x.shape[2:])
-        return torch.cat([x[:, :sinks], gap, x[:, max(0, n - w) :]], 1)
-
-    keys = held(k) if module.far_rotary else torch.cat([held(k), held(far_k)], -1)
-    return o, {"S": sums, "k": keys, "v": held(v)}
+    keys, values = first_kept(k, v, None if module.far_rotary else far_k, sinks, w)
+    return o, {"S": sums, "k": keys, "v": values}
 
 
 def with_ones(v: Tensor, real: Tensor) -> Tensor:

@@ -31,14 +31,15 @@ class Plan(NamedTuple):
 
 @remembered
 def _plan(
-    kernel: Any, rows: int, kinds: tuple[torch.dtype, torch.dtype], x_heads: int, sizes: tuple[int, ...], device: torch.device, **what: bool
+    back: bool, rows: int, kinds: tuple[torch.dtype, torch.dtype], x_heads: int, sizes: tuple[int, ...], device: torch.device, **what: bool
 ) -> Plan:  # fmt: skip
     heads, width, features = sizes
     wide = INTERPRETED or kinds[0] != torch.bfloat16
     large = max(padded(width), padded(features)) > 64
     runs = max(1, min(cdiv(rows, 2 * ROWS), cdiv((2 if large else 4) * processors(device), heads)))
     run = launcher(
-        kernel, H=heads, R=heads // x_heads, D=width, F=features, BD=padded(width), BF=padded(features), C=ROWS,
+        kernels.features_back_kernel if back else kernels.features_kernel,
+        H=heads, R=heads // x_heads, D=width, F=features, BD=padded(width), BF=padded(features), C=ROWS,
         PARTS=1 if wide or kinds[1] == torch.bfloat16 else 3, WIDE=wide, IP="tf32x3" if wide else "tf32",
         num_warps=8 if large else 4, num_stages=2, **what,
     )  # fmt: skip
@@ -52,7 +53,7 @@ def forward(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     f = x.new_empty(*x.shape[:2], heads, 2 * features, dtype=dtype)
     rows = x.shape[0] * x.shape[1]
     if rows:
-        plan = _plan(kernels.features_kernel, rows, (x.dtype, weight.dtype), x.shape[2], tuple(weight.shape), x.device)
+        plan = _plan(False, rows, (x.dtype, weight.dtype), x.shape[2], tuple(weight.shape), x.device)
         plan.run(plan.grid, (x, weight, f), x.stride()[:3], (x.shape[1], rows, plan.runs))
     return f, f.new_empty(0), []
 
@@ -67,7 +68,7 @@ def backward(g: Tensor, x: Tensor, weight: Tensor, f: Tensor, need: list[bool]) 
     dw = x.new_zeros(heads, 1, width, features, dtype=torch.float32) if need[1] else None
     if rows:
         what = {"DX": need[0], "DW": need[1]}
-        plan = _plan(kernels.features_back_kernel, rows, (x.dtype, weight.dtype), x.shape[2], tuple(weight.shape), x.device, **what)
+        plan = _plan(True, rows, (x.dtype, weight.dtype), x.shape[2], tuple(weight.shape), x.device, **what)
         dw = x.new_empty(heads, plan.runs, width, features, dtype=torch.float32) if need[1] else None
         tensors = (x, weight, f, g, *(f if t is None else t for t in (dx, dw)))
         plan.run(plan.grid, tensors, (*x.stride()[:3], *g.stride()[:3]), (x.shape[1], rows, plan.runs))

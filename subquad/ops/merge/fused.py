@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from subquad.ops.common import by_rows, cdiv, full_precision, padded, traced
-from subquad.ops.launcher import eager, launcher
+from subquad.ops.launcher import Launcher, eager, launcher
 from subquad.ops.merge import kernels
 
 ELEMENTS = 2048  # of a tile, four warps of four numbers a thread and load
 
 
-def _launch(kernel: Any, o: Tensor, far: Tensor, affine: bool, tensors: tuple[Tensor, ...], read: tuple[Tensor, ...]) -> None:
+@cache
+def _plan(back: bool, heads: int, width: int, affine: bool) -> tuple[Launcher, int]:
+    """The launcher, and the rows of a program."""
+    tile, kernel = max(1, ELEMENTS // padded(width)), kernels.sums_back_kernel if back else kernels.sums_kernel
+    return launcher(kernel, H=heads, V=width, BV=padded(width), R=tile, AFFINE=affine, num_warps=4), tile
+
+
+def _launch(back: bool, o: Tensor, far: Tensor, affine: bool, tensors: tuple[Tensor, ...], read: tuple[Tensor, ...]) -> None:
     batch, n, heads, width = o.shape
-    tile = max(1, ELEMENTS // padded(width))
-    strides = tuple(stride for x in read for stride in x.stride()[:3])
-    run = launcher(kernel, H=heads, V=width, BV=padded(width), R=tile, AFFINE=affine, num_warps=4)
+    run, tile = _plan(back, heads, width, affine)
+    strides = tuple([stride for x in read for stride in x.stride()[:3]])
     rows = batch * n * heads
     if rows:
         run((cdiv(rows, tile), 1, 1), tensors, strides, (n, far.shape[1], rows))
@@ -30,7 +37,7 @@ def forward(
     """The output, and nothing beside it: operators with a state have one here."""
     o, far = by_rows(o), by_rows(far)
     out = torch.empty(o.shape, dtype=dtype, device=o.device)
-    _launch(kernels.sums_kernel, o, far, affine, (o, lse, top, far, mass, factor, out), (o, lse, top, far, mass))
+    _launch(False, o, far, affine, (o, lse, top, far, mass, factor, out), (o, lse, top, far, mass))
     return out, out.new_empty(0), []
 
 
@@ -43,7 +50,7 @@ def backward(
     of_lse, of_weight = (torch.empty(o.shape[:3], dtype=torch.float32, device=o.device) for _ in range(2))
     of_mass = torch.empty(far.shape[:3], dtype=torch.float32, device=o.device)
     tensors = (o, lse, top, far, mass, factor, do, of_o, of_lse, of_far, of_mass, of_weight)
-    _launch(kernels.sums_back_kernel, o, far, affine, tensors, (o, lse, top, far, mass, do))
+    _launch(True, o, far, affine, tensors, (o, lse, top, far, mass, do))
     g = factor.float().sigmoid()
     of_factor = of_lse.sum((0, 1)) * (1 - g)  # lse stands beside log g
     if affine:

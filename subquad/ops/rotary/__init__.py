@@ -44,7 +44,7 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transpose: b
         run, tokens = _plan(width, cos.shape[-1], interleaved, transpose)
         strides = (*x.stride()[:3], *_steps(cos), *_steps(sin))
         run((cdiv(batch * n, tokens) * cdiv(heads, HEADS), 1, 1), (x, cos, sin, out), strides, (n, heads, batch * n))
-    return out.to(x.dtype)
+    return out.to(x.dtype) if INTERPRETED else out
 
 
 def _steps(table: Tensor) -> tuple[int, int]:

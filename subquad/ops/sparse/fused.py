@@ -189,6 +189,7 @@ def _backward(ctx: Any, do: Tensor | None, d_lse: Tensor | None, *d_kept: Any) -
 sparse_op.register_autograd(_backward, setup_context=_setup)
 
 _eager = eager("SparseAttention", forward, _setup, _backward)
+encoded = lru_cache(256)(encode)
 
 
 def sparse_attention_fused(
@@ -207,10 +208,11 @@ def sparse_attention_fused(
     q_pos, k_pos = (x if x is None or x.dim() == 2 else x[None] for x in (q_pos, k_pos))
     given = (q, k, v, slopes, key_bias, q_factor, k_factor)
     learns = stats and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    run: Any = torch.ops.subquad.sparse_attention if traced(q) else _eager
+    run: Any
+    run, code = (torch.ops.subquad.sparse_attention, encode) if traced(q) else (_eager, encoded)
     o, lse, *kept = run(
         *given, table, q_pos, k_pos, cu_seqlens, layout.index, layout.counts, layout.bits, layout.bit_index, layout.starts, layout.stops,
-        encode(layout.inner), layout.block_q, layout.block_k, float(scale), float(softcap or 0), stats, learns,
+        code(layout.inner), layout.block_q, layout.block_k, float(scale), float(softcap or 0), stats, learns,
     )  # fmt: skip
     kept = kept[0] if kept and isinstance(kept[0], list) else kept
     return o, lse, kept[0] if kept else None

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from subquad.ops.common import kernels_serve
+from subquad.checks import autocasts
+from subquad.ops.common import kernels_serve, padded, traced
+from subquad.ops.sparse.direct import FEW
+from subquad.ops.window_step.keep import first_kept
 
-__all__ = ["serves", "window_step"]
+__all__ = ["first_kept", "serves", "serves_first", "window_step"]
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, Tensor], sums: Tensor, maps: tuple[Tensor, Tensor], factor: Tensor) -> bool:
@@ -20,6 +24,20 @@ def serves(q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor, Tensor], sums: T
     if not all(x.dtype == q.dtype for x in (k, v, *kept)) or sums.dtype != torch.float32 or torch.float64 in (maps[0].dtype, maps[1].dtype):
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *kept, sums, *maps, factor)))
+
+
+def serves_first(q: Tensor, k: Tensor, v: Tensor, far: tuple[Tensor, Tensor], maps: tuple[Tensor, Tensor], factor: Tensor) -> bool:
+    """Whether `first.first_call` has these: bfloat16 or float32 that kernels serve, a past of some tokens, no gradients, nothing traced."""
+    if traced(q) or q.dtype not in (torch.bfloat16, torch.float32) or not kernels_serve(q, *maps[0].shape[1:], v.shape[3]):
+        return False
+    if far[1].shape[1] < 2 or q.shape[1] <= FEW or padded(v.shape[3] + 1) == padded(v.shape[3]) or not q.shape[0]:
+        return False
+    given = q, k, v, *far, *maps, factor
+    if autocasts(q) or forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+        return False
+    from subquad.ops.features import serve  # Triton is imported when it is first needed
+
+    return serve(q, maps[0])
 
 
 def window_step(

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The Triton kernel of `window_step`: one token of a softmax window over linear attention to all before it, with what is kept of either.
+"""The Triton kernels of `window_step`: one token of a softmax window over linear attention to all before it, with what is kept of either.
 
     S ← S + φ_k(k_left) [v_left, 1]      s_j = q·k_j / √D over what is kept and the token itself,  c = max s
     o = (g Σ exp(s_j − c) v_j + w φ_q(q) S_v) / (g Σ exp(s_j − c) + w φ_q(q) S_1)
@@ -147,3 +147,28 @@ def window_step_kernel(
     weight = 1 - g if AFFINE else g * 0 + 1
     out = (g * near + weight * far) * (1 / (g * total + weight * mass))
     tl.store(o + row * V + cs, out.to(o.dtype.element_ty), mask=in_c)
+
+
+@triton.jit(do_not_specialize=["N"])
+def keep_kernel(
+    k, far_k, v, kept_k, kept_v, k_b, k_n, k_h, f_b, f_n, f_h, v_b, v_n, v_h, N,
+    H: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PAIR: tl.constexpr,
+):  # fmt: skip
+    """Of N tokens those that `window_step_kernel` reads as kept_k and kept_v, zero where there is none; a program copies one head of one.
+
+    Args:
+        k, far_k: ``[B, N, H, D]``; v: ``[B, N, H, V]``, all by strides; far_k is read with PAIR alone.
+    """
+    HELD: tl.constexpr = SINKS + WINDOW
+    program = tl.program_id(0).to(tl.int64)
+    b, place, h = program // (H * HELD), program // H % HELD, program % H
+    n = tl.where(place < SINKS, place, N - HELD + place)
+    there = (n >= 0) & (n < N)
+    ds, vs = tl.arange(0, BD), tl.arange(0, BV)
+    K: tl.constexpr = 2 * D if PAIR else D
+    to = kept_k + program * K
+    tl.store(to + ds, tl.load(k + b * k_b + n * k_n + h * k_h + ds, mask=there & (ds < D), other=0.0), mask=ds < D)
+    if PAIR:
+        tl.store(to + D + ds, tl.load(far_k + b * f_b + n * f_n + h * f_h + ds, mask=there & (ds < D), other=0.0), mask=ds < D)
+    tl.store(kept_v + program * V + vs, tl.load(v + b * v_b + n * v_n + h * v_h + vs, mask=there & (vs < V), other=0.0), mask=vs < V)

@@ -71,7 +71,7 @@ def _capable(device: torch.device) -> bool:
 def kernels_serve(x: Tensor, *widths: int) -> bool:
     """Whether the Triton kernels serve tensors like x with these head dims: on CUDA, or wherever SUBQUAD_KERNELS=on; not =off."""
     compiling = torch.compiler.is_compiling()
-    if not compiling and _level() is not None:  # `transformed`
+    if not compiling and (_level() is not None or forward_ad._current_level >= 0):  # `transformed`
         return False
     wish = os.environ.get("SUBQUAD_KERNELS", "auto")
     if wish == "off" or x.dtype == torch.float64 or max(0, *widths) > 256:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from subquad.checks import autocasts
 from subquad.ops.common import kernels_serve, padded, traced
@@ -33,7 +32,7 @@ def serves_first(q: Tensor, k: Tensor, v: Tensor, far: tuple[Tensor, Tensor], ma
     if far[1].shape[1] < 2 or q.shape[1] <= FEW or padded(v.shape[3] + 1) == padded(v.shape[3]) or not q.shape[0]:
         return False
     given = q, k, v, *far, *maps, factor
-    if autocasts(q) or forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+    if autocasts(q) or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return False
     from subquad.ops.features import serve  # Triton is imported when it is first needed
 

@@ -30,7 +30,7 @@ ROWS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("apply_back_both", "none"): (Config(64, 4, 3), Config(32, 8, 3)),
     ("apply_back_both", "turned"): (Config(64, 4, 3), Config(32, 8, 3)),
     ("apply_back_out", "none"): (Config(64, 4, 2), Config(64, 4, 1)),
-    ("apply_back_out", "turned"): (Config(64, 4, 1), Config(64, 4, 1)),
+    ("apply_back_out", "turned"): (Config(128, 4, 1), Config(64, 4, 1)),
     ("apply_back_out", "signs"): (Config(32, 4, 2), Config(64, 4, 2), Config(64, 8, 2)),
     ("gather_back", "none"): (Config(64, 4, 3), Config(64, 4, 2)),
     ("gather_back", "turned"): (Config(64, 4, 3), Config(64, 8, 3)),

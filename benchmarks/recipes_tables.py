@@ -287,17 +287,10 @@ def passkey_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for counted, words in COUNTED.items():
             at = [[share for run in some if (share := _at(run, n, counted)) is not None] for n in lengths]
             if any(at):
-                rows.append([*key, str(len(some)), recall, words, *map(_found, at)])
+                rows.append([*key, recall, words, str(max(map(len, at))), *map(_found, at)])
     distances = ", ".join(str(one["distance"]) for one in next((run["recall"] for run in found if run.get("recall")), []))
-    columns = [
-        "recipe",
-        "settings",
-        "tokens taught",
-        "seeds",
-        f"codes {distances} tokens back",
-        "passkeys",
-        *(f"{n:,} tokens" for n in lengths),
-    ]
+    columns = ["recipe", "settings", "tokens taught", f"codes {distances} tokens back", "passkeys", "runs"]
+    columns += [f"{n:,} tokens" for n in lengths]
     return {"title": "Taught on prompts: codes written in full, and passkeys by the length of the prompt", "columns": columns, "rows": rows}
 
 

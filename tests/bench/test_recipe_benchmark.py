@@ -165,10 +165,15 @@ def test_passkeys_of_several_seeds_are_one_row(parts):
 
     runs = [taught(0, 1.0, 0.5), taught(1, 0.25, 0.25), taught(0, 0.5, 0.0, tokens=2_000_000, number=0.75)]
     table = parts._tables.passkey_table(runs)
-    assert table["columns"][:4] == ["recipe", "settings", "tokens taught", "seeds"] and table["columns"][5] == "passkeys"
+    assert table["columns"][:3] == ["recipe", "settings", "tokens taught"] and table["columns"][4:] == [
+        "passkeys",
+        "runs",
+        "1,024 tokens",
+        "2,048 tokens",
+    ]
     number, exact = parts._tables.COUNTED.values()
-    assert [row[2:4] + row[5:] for row in table["rows"]] == [
-        ["1 M", "2", exact, "50 % (25–75)", "100 % (100–100)"], ["2 M", "1", number, "75 %", "–"], ["2 M", "1", exact, "25 %", "100 %"],
+    assert [row[2:3] + row[4:] for row in table["rows"]] == [
+        ["1 M", exact, "2", "50 % (25–75)", "100 % (100–100)"], ["2 M", number, "1", "75 %", "–"], ["2 M", exact, "1", "25 %", "100 %"],
     ]  # fmt: skip
 
 

@@ -142,11 +142,6 @@ class Attention(nn.Module):
     """
 
     card: Card
-    _option_names: tuple[str, ...] = ()
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls._option_names = tuple(option_defaults(cls))  # once: a signature takes as long to read as several kernels to launch
 
     def __init__(
         self,
@@ -164,6 +159,7 @@ class Attention(nn.Module):
         self.value_dim = head_dim if value_dim is None else value_dim
         self.hidden_size, self.layer = hidden_size, layer
         self.losses: dict[str, Tensor] = {}
+        self._option_names = tuple(option_defaults(type(self)))  # once: a signature takes as long to read as several kernels to launch
         for name in ("heads", "head_dim", "kv_heads", "value_dim", "hidden_size"):
             size = getattr(self, name)
             if (type(size) is not int or size < 1) and not (name == "hidden_size" and size is None):

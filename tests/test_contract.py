@@ -106,6 +106,34 @@ def test_reference_is_found_beside_the_class(running_sum):
         assert subquad.reference("running-sum")(None, 0, 0, 0) == "found"
 
 
+def test_options_are_those_of_the_init_that_ran(running_sum):
+    """Also of a class that gets its `__init__` after it was made, as from a decorator."""
+
+    class Louder(running_sum):
+        def __init__(self, heads: int, head_dim: int, *, gain: float = 2.0, more: int = 3, **sizes):
+            super().__init__(heads, head_dim, gain=gain, **sizes)
+            self.more = more
+
+    class Late(running_sum): ...
+
+    assert Louder(4, 8, more=5).options == {"gain": 2.0, "more": 5} and Late(4, 8).options == {"gain": 1.0}
+    Late.__init__ = lambda self, heads, head_dim, *, tail=1: (running_sum.__init__(self, heads, head_dim), setattr(self, "tail", tail))[0]
+    assert Late(4, 8, tail=7).options == {"tail": 7}
+    again = pickle.loads(pickle.dumps(subquad.attention("lolcats", 2, 8, window=5)))
+    assert again.options["window"] == 5 and "window=5" in again._sizes
+
+
+def test_classes_may_have_arguments_of_a_mixin(running_sum):
+    class Named:
+        def __init_subclass__(cls, label="", **rest):
+            super().__init_subclass__(**rest)
+            cls.label = label
+
+    class Both(running_sum, Named, label="both"): ...
+
+    assert Both.label == "both" and Both(4, 8).options == {"gain": 1.0}
+
+
 def test_attend_refuses_mechanisms_with_parameters(running_sum):
     def with_parameter(self, *args, **options):
         Attention.__init__(self, *args, **options)

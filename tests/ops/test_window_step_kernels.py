@@ -450,3 +450,37 @@ def test_a_first_call_without_gradients_is_that_with_them(n, options, dtype, mon
     assert torch.equal(o, alike) and torch.equal(o, alone) and torch.equal(state.length, same.length)
     assert state.tensors.keys() == same.tensors.keys()
     assert all(torch.equal(x, same[name]) for name, x in state.tensors.items())
+
+
+def test_a_first_call_reads_factors_that_are_apart(monkeypatch):
+    from subquad.ops.window_step import first
+
+    ran, call = [], first.first_call
+    monkeypatch.setattr(first, "first_call", lambda *given: (ran.append(1), call(*given))[1])
+    module = make(sinks=2)
+    module.window_factor = torch.nn.Parameter(torch.tensor([-2.0, 9, 1, -9, -1, 9, 3, -9], device=DEVICE)[::2])
+    x, rotary = inputs(module, N), angles(torch.arange(N))
+    with torch.no_grad():
+        found = module(*x, rotary=rotary)
+        wanted = defined(module, x, rotary)
+    assert ran and module.window_factor.stride() == (2,)
+    assert (found.double() - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+
+
+def test_maps_made_of_others(tokens):
+    """As by `torch.nn.utils.parametrize`: then W_q is no parameter."""
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    module, plain = (make(sinks=2) for _ in range(2))
+    plain.load_state_dict(module.state_dict())
+    plain.W_q.data *= 2
+    torch.nn.utils.parametrize.register_parametrization(module, "W_q", Twice())
+    x, rotary = inputs(module), angles(torch.arange(N))
+    state = started(module, x, rotary, N - 1)
+    found, after = one_by_one(module, x, rotary, state, N - 1)
+    wanted = defined(plain, x, rotary)[:, N - 1 :]
+    assert len(tokens) == 1 and after["S"].shape == state["S"].shape
+    assert (found.double() - wanted).abs().max() <= 2e-6 * wanted.abs().max()

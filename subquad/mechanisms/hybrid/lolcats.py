@@ -333,8 +333,7 @@ def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tupl
 
 def kernel_serves(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> bool:
     """Whether `kernel_step` has this call, of window form "sw"; q and k are turned, as angles may ask for gradients too."""
-    maps = module.get_parameter("W_q"), module.get_parameter("W_k")
-    return serves(q, k, v, (state["k"], state["v"]), state["S"], maps, module.window_factor)
+    return serves(q, k, v, (state["k"], state["v"]), state["S"], (module.W_q, module.W_k), module.window_factor)
 
 
 def kernel_step(
@@ -350,9 +349,8 @@ def kernel_step(
     sizes |= {name: (module.held, module.kv_heads, width) for name, width in (("k", keys), ("v", module.value_dim))}
     for name, size in sizes.items():
         check_tensor(f"state[{name!r}]", state[name], (v.shape[0], *size), v)
-    maps = module.get_parameter("W_q"), module.get_parameter("W_k")
     o, (k, v), sums = window_step(
-        *near, v, (state["k"], state["v"]), state["S"], state.length, maps, module.window_factor,
+        *near, v, (state["k"], state["v"]), state["S"], state.length, (module.W_q, module.W_k), module.window_factor,
         sinks=module.sinks, affine=module.affine_factors, far=None if module.far_rotary else far,
     )  # fmt: skip
     return o, {"S": sums, "k": k, "v": v}

@@ -29,7 +29,7 @@ def first_call(
             number of the last queries.
         maps, factor, affine: as `window_step` has them.
     """
-    late, rest = far[1].shape[1], [None] * 14
+    late, rest, factor = far[1].shape[1], [None] * 14, factor.contiguous()
 
     def run() -> tuple[Tensor, Tensor]:
         code = sparse.encoded(layout.inner)

@@ -14,7 +14,7 @@ from bounds import check_bounds
 import subquad
 from subquad import InputError, Rotary
 from subquad.mechanisms.hybrid import lolcats
-from subquad.ops.window_step import first_kept, fused, serves, window_step
+from subquad.ops.window_step import first, first_kept, fused, serves, window_step
 from subquad.state import State
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,6 +33,14 @@ def tokens(monkeypatch):
     """A one for each token that the kernel makes."""
     found, forward = [], fused.forward
     monkeypatch.setattr(fused, "forward", lambda *given: (found.append(1), forward(*given))[1])
+    return found
+
+
+@pytest.fixture
+def firsts(monkeypatch):
+    """A one for each first call by its kernels."""
+    found, call = [], first.first_call
+    monkeypatch.setattr(first, "first_call", lambda *given: (found.append(1), call(*given))[1])
     return found
 
 
@@ -433,54 +441,59 @@ def test_gradients_reach_what_is_kept():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n, options", [(17, {}), (40, {"far_rotary": False}), (33, {"affine_factors": True, "sinks": 0}), (9, {})])
-def test_a_first_call_without_gradients_is_that_with_them(n, options, dtype, monkeypatch):
+def test_a_first_call_without_gradients_is_that_with_them(n, options, dtype, firsts):
     """The same kernels, launched by another path; and, where nothing is past, by the one path."""
-    from subquad.ops.window_step import first
-
     module = make(window=5, **{"sinks": 3, **options}).to(dtype)
     q, k, v = inputs(module, n, dtype=dtype)
-    ran, call = [], first.first_call
-    monkeypatch.setattr(first, "first_call", lambda *given: (ran.append(1), call(*given))[1])
     o, state = module(q, k, v, rotary=angles(torch.arange(n)), return_state=True)
-    assert o.requires_grad and not ran
+    assert o.requires_grad and not firsts
     with torch.no_grad():
         alike, same = module(q, k, v, rotary=angles(torch.arange(n)), return_state=True)
         alone = module(q, k, v, rotary=angles(torch.arange(n)))
-    assert len(ran) == (2 if n > 9 else 0)
+    assert len(firsts) == (2 if n > 9 else 0)
     assert torch.equal(o, alike) and torch.equal(o, alone) and torch.equal(state.length, same.length)
     assert state.tensors.keys() == same.tensors.keys()
     assert all(torch.equal(x, same[name]) for name, x in state.tensors.items())
 
 
-def test_a_first_call_reads_factors_that_are_apart(monkeypatch):
-    from subquad.ops.window_step import first
-
-    ran, call = [], first.first_call
-    monkeypatch.setattr(first, "first_call", lambda *given: (ran.append(1), call(*given))[1])
+def test_a_first_call_reads_factors_that_are_apart(firsts):
     module = make(sinks=2)
     module.window_factor = torch.nn.Parameter(torch.tensor([-2.0, 9, 1, -9, -1, 9, 3, -9], device=DEVICE)[::2])
     x, rotary = inputs(module, N), angles(torch.arange(N))
     with torch.no_grad():
         found = module(*x, rotary=rotary)
         wanted = defined(module, x, rotary)
-    assert ran and module.window_factor.stride() == (2,)
+    assert firsts and module.window_factor.stride() == (2,)
     assert (found.double() - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
 
 def test_maps_made_of_others(tokens):
     """As by `torch.nn.utils.parametrize`: then W_q is no parameter."""
-
-    class Twice(torch.nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
     module, plain = (make(sinks=2) for _ in range(2))
     plain.load_state_dict(module.state_dict())
-    plain.W_q.data *= 2
-    torch.nn.utils.parametrize.register_parametrization(module, "W_q", Twice())
+    plain.W_q.data.tanh_()
+    torch.nn.utils.parametrize.register_parametrization(module, "W_q", torch.nn.Tanh())
     x, rotary = inputs(module), angles(torch.arange(N))
-    state = started(module, x, rotary, N - 1)
-    found, after = one_by_one(module, x, rotary, state, N - 1)
+    found, _ = one_by_one(module, x, rotary, started(module, x, rotary, N - 1), N - 1)
     wanted = defined(plain, x, rotary)[:, N - 1 :]
-    assert len(tokens) == 1 and after["S"].shape == state["S"].shape
+    assert len(tokens) == 1
     assert (found.double() - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+
+
+def test_methods_of_a_subclass_are_called(tokens, firsts):
+    class Sharper(lolcats.Lolcats):
+        def features(self, name, x):
+            return super().features(name, 3 * x)
+
+    module = Sharper(4, 16, kv_heads=2, window=5, feature_dim=16).to(DEVICE)
+    plain = copy.deepcopy(module)
+    plain.__class__ = lolcats.Lolcats
+    for p in (plain.W_q, plain.W_k):
+        p.data *= 3
+    x, rotary = inputs(module), angles(torch.arange(N))
+    with torch.no_grad():
+        found = module(*(y[:, :-1] for y in x), rotary=rotary.narrow(0, N - 1))
+    last, _ = one_by_one(module, x, rotary, started(module, x, rotary, N - 1), N - 1)
+    wanted = defined(plain, x, rotary)
+    assert not tokens and not firsts
+    assert (torch.cat([found, last], 1).double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()

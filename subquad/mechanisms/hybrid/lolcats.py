@@ -229,7 +229,7 @@ def from_start(
     late, layout = max(0, n - w - sinks), module.layout(n, n)  # queries with a past, and keys in it
     past = slice(sinks, sinks + late)
     far_q, past_k, maps = far_q[:, w + sinks :], far_k[:, past], (module.W_q, module.W_k)
-    if serves_first(q, k, v, (far_q, past_k), maps, module.window_factor):
+    if as_defined(module) and serves_first(q, k, v, (far_q, past_k), maps, module.window_factor):
         from subquad.ops.window_step.first import first_call  # Triton is imported when it is first needed
 
         o, sums = first_call(
@@ -331,9 +331,16 @@ def step(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> tupl
     return o, {"S": sums, "k": k, "v": v}
 
 
+def as_defined(module: Lolcats) -> bool:
+    """Whether kernels may stand for the module's methods, which they do not call: no subclass has others."""
+    names, cls = ("features", "feature_pair", "combine", "layout"), type(module)
+    return cls is Lolcats or all(getattr(cls, name) is getattr(Lolcats, name) for name in names)
+
+
 def kernel_serves(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, state: State) -> bool:
     """Whether `kernel_step` has this call, of window form "sw"; q and k are turned, as angles may ask for gradients too."""
-    return serves(q, k, v, (state["k"], state["v"]), state["S"], (module.W_q, module.W_k), module.window_factor)
+    tensors = (state["k"], state["v"]), state["S"], (module.W_q, module.W_k), module.window_factor
+    return as_defined(module) and serves(q, k, v, *tensors)
 
 
 def kernel_step(

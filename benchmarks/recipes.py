@@ -260,7 +260,7 @@ def summary(record: Mapping[str, Any]) -> str:
         nats = ", ".join(f"{point} {found['book']:.3f}" for point, found in record["points"].items())
         return f"nats {nats}; " + " ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in record["stages"].items())
     if "cells" in record:
-        at = {cell["length"]: [one["number"] for one in record["cells"] if one["length"] == cell["length"]] for cell in record["cells"]}
+        at = {cell["length"]: [one["exact"] for one in record["cells"] if one["length"] == cell["length"]] for cell in record["cells"]}
         return "passkeys " + ", ".join(f"{length}: {sum(found) / len(found):.0%}" for length, found in at.items())
     words = {name: value for name, value in record.items() if name in ("peak_mib", "seconds", "many")}
     return f"done {json.dumps(words) if words else ''}"

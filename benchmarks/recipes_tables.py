@@ -294,7 +294,10 @@ def passkey_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"title": "Taught on prompts: codes written in full, and passkeys by the length of the prompt", "columns": columns, "rows": rows}
 
 
-COUNTED = {"number": "the number is written", "exact": "at once, as the answer begins"}  # of passkeys; the first was not looked at before
+COUNTED = {
+    "exact": "the answer begins with the number",
+    "number": "every digit likeliest, a space given",
+}  # of passkeys; the second is looked at since a later commit
 
 
 def _at(run: Mapping[str, Any], length: int, counted: str) -> float | None:

@@ -24,7 +24,9 @@ def needle(
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     out: Annotated[Path | None, typer.Option(help="File for the results, JSON.")] = None,
 ) -> None:
-    """Passkey and needle in a haystack: is a number stated in a long text found again? In brackets: at once, with no other word before it.
+    """Passkey and needle in a haystack: is a number stated in a long text found again?
+
+    In brackets: the number alone, after a space that is given, or with --by generate after other words.
 
     Examples:
 

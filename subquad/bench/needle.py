@@ -57,7 +57,8 @@ class Cell:
 
     exact: greedy decoding begins with the whole number.
     ranked: the right number is the likeliest of four; None if it was not looked at.
-    number: the whole number is written, after whatever word or space: in “the 31134” too.
+    number: by "forward", every digit is the likeliest after those before it, and after the space that may stand before the first; by
+        "generate", the first number that is written is the right one, whatever words stand before it.
     """
 
     task: str
@@ -78,15 +79,15 @@ class Retrieval:
     seed: int
 
     def mean(self, task: str, length: int) -> float:
-        """The share whose number is written at a length, over depths."""
-        found = [cell.number for cell in self.cells if (cell.task, cell.length) == (task, length)]
+        """The share answered exactly at a length, over depths."""
+        found = [cell.exact for cell in self.cells if (cell.task, cell.length) == (task, length)]
         return sum(found) / len(found)
 
     def to_json(self) -> str:
         return json.dumps({"by": self.by, "seed": self.seed, "cells": [asdict(cell) for cell in self.cells]}, indent=1) + "\n"
 
     def table(self) -> Table:
-        """A row for each task and length, a column for each depth: the number written, and in brackets at once."""
+        """A row for each task and length, a column for each depth: exact, and in brackets the number alone."""
         depths = sorted({cell.depth for cell in self.cells})
         table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("task", "tokens", *(f"depth {depth:.0%}" for depth in depths), "mean"):
@@ -94,7 +95,7 @@ class Retrieval:
         at = {(cell.task, cell.length, cell.depth): cell for cell in self.cells}
         for task, length in dict.fromkeys((cell.task, cell.length) for cell in self.cells):
             cells = [at[task, length, depth] for depth in depths]
-            shown = [f"{cell.number:.0%} ({cell.exact:.0%})" for cell in cells]
+            shown = [f"{cell.exact:.0%} ({cell.number:.0%})" for cell in cells]
             table.add_row(task, f"{length:,}", *shown, f"{self.mean(task, length):.0%}")
         return table
 

@@ -213,7 +213,7 @@ class Answer(NamedTuple):
 
     exact: every token of the answer is the likeliest, which is what greedy decoding writes.
     ranked: the right choice is likelier than its rivals, by the first token in which they differ.
-    number: every token from that one on is the likeliest, after those before it: whatever word or space the model would begin with.
+    number: every token from that one on is the likeliest after those before it, a space that the model may not have begun with among them.
     """
 
     exact: bool

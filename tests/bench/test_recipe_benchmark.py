@@ -171,9 +171,9 @@ def test_passkeys_of_several_seeds_are_one_row(parts):
         "1,024 tokens",
         "2,048 tokens",
     ]
-    number, exact = parts._tables.COUNTED.values()
+    exact, number = parts._tables.COUNTED.values()
     assert [row[2:3] + row[4:] for row in table["rows"]] == [
-        ["1 M", exact, "2", "50 % (25–75)", "100 % (100–100)"], ["2 M", number, "1", "75 %", "–"], ["2 M", exact, "1", "25 %", "100 %"],
+        ["1 M", exact, "2", "50 % (25–75)", "100 % (100–100)"], ["2 M", exact, "1", "25 %", "100 %"], ["2 M", number, "1", "75 %", "–"],
     ]  # fmt: skip
 
 

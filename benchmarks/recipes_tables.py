@@ -242,6 +242,11 @@ def latest(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, An
     return list({run["label"]: run for run in runs if run["kind"] == kind and "error" not in run}.values())
 
 
+def _commit(run: Mapping[str, Any]) -> str:
+    """A result file has runs of several, and the commit in its head is that of the last."""
+    return str(run.get("commit", DASH))
+
+
 def speed_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By context: prefill and decoding of one sequence."""
     found = latest(runs, "speed")
@@ -251,8 +256,8 @@ def speed_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         at = {one["tokens"]: one for one in run["timings"]}
         for what, key, text in (("decode, ms a token", "decode_ms", "{:.2f}"), ("prefill, s", "prefill_s", "{:.3f}")):
             cells = [text.format(at[n][key]) if n in at and key in at[n] else at.get(n, {}).get("error", DASH) for n in lengths]
-            rows.append([run["label"], what, *cells])
-    return {"title": "One sequence, by context", "columns": ["attention", "", *(f"{n:,}" for n in lengths)], "rows": rows}
+            rows.append([run["label"], what, *cells, _commit(run)])
+    return {"title": "One sequence, by context", "columns": ["attention", "", *(f"{n:,}" for n in lengths), "at commit"], "rows": rows}
 
 
 def many_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -264,8 +269,8 @@ def many_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             figures = [one.get("error", DASH), DASH, DASH]
             if "error" not in one:
                 figures = [f"{one['tokens_per_s']:,.0f}", f"{one['decode_ms']:.2f}", bytes_text(one["cache_bytes"])]
-            rows.append([run["label"], f"{one['sequences']} × {one['tokens']:,}", *figures])
-    columns = ["attention", "sequences × context", "tokens/s", "ms a step", "kept"]
+            rows.append([run["label"], f"{one['sequences']} × {one['tokens']:,}", *figures, _commit(run)])
+    columns = ["attention", "sequences × context", "tokens/s", "ms a step", "kept", "at commit"]
     return {"title": "Decoding many sequences", "columns": columns, "rows": rows}
 
 
@@ -316,8 +321,12 @@ def memory_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = []
     for run in latest(runs, "memory"):
         peak = f"{run['peak_mib']:,}" if run["peak_mib"] else DASH
-        rows.append([run["label"], f"{run['parameters'] / 1e6:,.0f} M", peak, f"{1024 * run['bar_gib']:,}"])
-    return {"title": "Memory of attention transfer, MiB", "columns": ["what", "parameters", "peak", "at most wanted"], "rows": rows}
+        rows.append([run["label"], f"{run['parameters'] / 1e6:,.0f} M", peak, f"{1024 * run['bar_gib']:,}", _commit(run)])
+    return {
+        "title": "Memory of attention transfer, MiB",
+        "columns": ["what", "parameters", "peak", "at most wanted", "at commit"],
+        "rows": rows,
+    }
 
 
 def failure_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

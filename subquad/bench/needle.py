@@ -218,9 +218,8 @@ def retrieval(
                 cells.append(Cell(task, length, depth, prompts, exact, None, number))
                 continue
             questions = [Question.of(partial(_ids, tokenizer), one.text, one.choices, one.answer) for one in some]
-            cells.append(
-                Cell(task, length, depth, prompts, *(sum(column) / prompts for column in zip(*answered(model, questions, advance))))
-            )
+            exact, ranked, number = (sum(column) / prompts for column in zip(*answered(model, questions, advance)))
+            cells.append(Cell(task, length, depth, prompts, exact, ranked, number))
     return Retrieval(tuple(cells), by, seed)
 
 

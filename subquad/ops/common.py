@@ -70,15 +70,14 @@ def _capable(device: torch.device) -> bool:
 
 def kernels_serve(x: Tensor, *widths: int) -> bool:
     """Whether the Triton kernels serve tensors like x with these head dims: on CUDA, or wherever SUBQUAD_KERNELS=on; not =off."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling and (_level() is not None or forward_ad._current_level >= 0):  # `transformed`
+    if transformed():
         return False
     wish = os.environ.get("SUBQUAD_KERNELS", "auto")
     if wish == "off" or x.dtype == torch.float64 or max(0, *widths) > 256:
         return False
     if not x.is_cuda and wish != "on":
         return False
-    return compiling or _capable(x.device)  # what compiles has Triton
+    return torch.compiler.is_compiling() or _capable(x.device)  # what compiles has Triton
 
 
 def traced(x: Tensor) -> bool:

@@ -1,6 +1,17 @@
 """What the tests of kernels share."""
 
 import pytest
+import torch
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels on any device; in the interpreter every address is checked."""
+    monkeypatch.setenv("SUBQUAD_KERNELS", "on")
+    if not torch.cuda.is_available():
+        from bounds import check_bounds
+
+        check_bounds(monkeypatch)
 
 
 @pytest.fixture

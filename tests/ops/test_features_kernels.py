@@ -7,18 +7,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from bounds import check_bounds
-
 from subquad.ops.feature_maps import project_softmax_halves
 
+pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    monkeypatch.setenv("SUBQUAD_KERNELS", "on")
-    if DEVICE.type == "cpu":
-        check_bounds(monkeypatch)
 
 
 def defined(x, weight):

@@ -7,20 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from bounds import check_bounds
-
 from subquad import InputError
 from subquad.ops.merge import merge_sums
 
+pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = "o", "lse", "top", "far", "mass", "factor"
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    monkeypatch.setenv("SUBQUAD_KERNELS", "on")
-    if DEVICE.type == "cpu":
-        check_bounds(monkeypatch)
 
 
 def make(n=37, m=37, heads=3, width=16, batch=2):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from bounds import OutOfBounds, check_bounds
+from bounds import OutOfBounds
 
 from subquad import InputError, Rotary
 from subquad.ops.feature_maps import feature_map
@@ -22,6 +22,7 @@ from subquad.ops.moments.launch import Plan
 from subquad.ops.moments.reference import reference
 from subquad.ops.moments.rows import runs
 
+pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N = 70
 NAMES = "q", "k", "v", "key_logits", "key_weights", "global_query"
@@ -32,13 +33,6 @@ MAPS = {
     "silu, exp": ("silu", "exp"),
     "two signs": ("norm_power", "sign_cube"),
 }
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    monkeypatch.setenv("SUBQUAD_KERNELS", "on")
-    if DEVICE.type == "cpu":
-        check_bounds(monkeypatch)
 
 
 @pytest.fixture

@@ -8,22 +8,14 @@ from torch.autograd import forward_ad
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from bounds import check_bounds
-
 from subquad import InputError, Rotary
 from subquad.ops import rotary as room
 
+pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRINGS = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "adjacent"])
 # the interpreter cuts bfloat16 off where a GPU rounds
 ROUNDING = {torch.float32: 3e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8 if DEVICE.type == "cuda" else 2**-7}
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    monkeypatch.setenv("SUBQUAD_KERNELS", "on")
-    if DEVICE.type == "cpu":
-        check_bounds(monkeypatch)
 
 
 @pytest.fixture

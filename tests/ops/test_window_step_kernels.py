@@ -9,23 +9,15 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from bounds import check_bounds
-
 import subquad
 from subquad import InputError, Rotary
 from subquad.mechanisms.hybrid import lolcats
 from subquad.ops.window_step import first, first_kept, fused, serves, window_step
 from subquad.state import State
 
+pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N = 14
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    monkeypatch.setenv("SUBQUAD_KERNELS", "on")
-    if DEVICE.type == "cpu":
-        check_bounds(monkeypatch)
 
 
 @pytest.fixture

@@ -92,6 +92,11 @@ def linear_sums(
     return o, total, state
 
 
+def weights_apart(v: Tensor) -> bool:
+    """Whether sums of weights take a pass of their own, for values like v ``[B, N, H, V]``: a column beside them would double the tiles."""
+    return v.shape[1] > 1 and padded(v.shape[3] + 1) > padded(v.shape[3])
+
+
 def _with_total(run: Any, v: Tensor, counts: Tensor, state: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of values in `dtype`, and of weights: a column beside v, or where that would double the kernels' tiles a pass of its own.
 
@@ -100,7 +105,7 @@ def _with_total(run: Any, v: Tensor, counts: Tensor, state: Tensor | None, dtype
     """
     q, k, wide = run.args[0], run.args[1], compute_dtype(v)
     channels = run.keywords["log_decay"] is not None and run.keywords["log_decay"].dim() == 4  # q and k would be weighed twice
-    if v.shape[1] > 1 and not channels and padded(v.shape[3] + 1) > padded(v.shape[3]) and kernels_serve(q, q.shape[3], v.shape[3]):
+    if weights_apart(v) and not channels and kernels_serve(q, q.shape[3], v.shape[3]):
         s, z = (None, None) if state is None else (state[..., :-1].contiguous(), state[..., -1:].contiguous())
         heads = max(k.shape[2], v.shape[2])
         counts = counts if k.shape[2] == heads else counts.expand(-1, -1, heads, -1)

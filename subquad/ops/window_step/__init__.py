@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from subquad.checks import autocasts
-from subquad.ops.common import kernels_serve, padded, traced
+from subquad.ops.common import kernels_serve, traced
+from subquad.ops.linear import weights_apart
 from subquad.ops.sparse.direct import FEW
 from subquad.ops.window_step.keep import first_kept
 
@@ -29,7 +30,7 @@ def serves_first(q: Tensor, k: Tensor, v: Tensor, far: tuple[Tensor, Tensor], ma
     """Whether `first.first_call` has these: bfloat16 or float32 that kernels serve, a past of some tokens, no gradients, nothing traced."""
     if traced(q) or q.dtype not in (torch.bfloat16, torch.float32) or not kernels_serve(q, *maps[0].shape[1:], v.shape[3]):
         return False
-    if far[1].shape[1] < 2 or q.shape[1] <= FEW or padded(v.shape[3] + 1) == padded(v.shape[3]) or not q.shape[0]:
+    if far[1].shape[1] < 2 or q.shape[1] <= FEW or not weights_apart(v) or not q.shape[0]:
         return False
     given = q, k, v, *far, *maps, factor
     if autocasts(q) or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):

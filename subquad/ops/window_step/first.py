@@ -29,11 +29,10 @@ def first_call(
             number of the last queries.
         maps, factor, affine: as `window_step` has them.
     """
-    late, rest, factor = far[1].shape[1], [None] * 14, factor.contiguous()
+    late, factor = far[1].shape[1], factor.contiguous()
 
     def run() -> tuple[Tensor, Tensor]:
-        code = sparse.encoded(layout.inner)
-        o, lse, (top,) = sparse.forward(q, k, v, *rest, code, layout.block_q, layout.block_k, q.shape[3] ** -0.5, 0.0, True, False)  # type: ignore[call-arg,arg-type]
+        o, lse, top = sparse.forward_by_rule(q, k, v, layout)
         fq, fk = (features.forward(x, w, q.dtype)[0] for x, w in zip(far, maps))
         past = v[:, sinks : sinks + late]
         by_maps, of_values, _ = linear.forward(fq, fk, past, None, None, None, 1.0, keep, q.dtype)

@@ -117,7 +117,7 @@ def plan_of(given: Any, train: torch.Tensor) -> dict[str, Any]:
 
 def recipe_tasks(given: Any, plan: dict[str, Any], held: str) -> list[dict[str, Any]]:
     measured = {name: getattr(given, name) for name in ("model", "dtype", "length", "windows", "prompts", "distances")}
-    measured |= {"distances": list(given.distances), "held_out": held}
+    measured |= {"distances": list(given.distances), "held_out": held, **({"long": given.long} if given.long else {})}
     made = []
     for job in jobs(given.recipes, given.seeds_for):
         stages = stages_of(job.recipe, plan) if job.trained else {}
@@ -146,6 +146,7 @@ def speed_tasks(given: Any) -> list[dict[str, Any]]:
 def passkey_tasks(given: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
     shared = {"kind": "passkey", "layers": "all", "seed": 0, "plan": plan, "answers": given.passkey_loss == "answer"}
     shared |= {"lengths": list(given.passkey_lengths), "prompts": given.passkey_prompts, "distances": list(given.distances)}
+    shared |= {"shortest": given.passkey_shortest} if given.passkey_shortest is not None else {}
     made = [{**shared, "label": ORIGINAL, **mechanism_of(ORIGINAL), "stages": {}, "plan": None, "cost": 0.2}]
     known = {job.label: job for job in JOBS}
     for job in (known.get(label) or Job(label, label) for label in given.passkey_for):
@@ -313,6 +314,7 @@ def arguments() -> argparse.Namespace:
     add("--self-tokens", type=int, default=0, help="train on so many tokens, too, that the model writes itself")
     add("--other-text", type=Path, help="a file to measure on (default: the GPL that a package carries)")
     add("--windows", type=int, default=32, help="held out at the end of the book, and of the other text at most")
+    add("--long", type=int, metavar="N", help="look at the book in windows of N tokens too, where lolcats is stretched to them as well")
     add("--prompts", type=int, default=64, help="of recall, at each distance")
     add("--distances", type=numbers, default=RECALL)
     add("--speed-for", type=words, default=("lolcats",), help="recipes to time beside the original")
@@ -320,6 +322,7 @@ def arguments() -> argparse.Namespace:
     add("--passkey-tokens", type=float, default=2e6)
     add("--passkey-loss", choices=("all", "answer"), default="all")
     add("--passkey-lengths", type=numbers, default=(1024, 2048, 4096, 8192))
+    add("--passkey-shortest", type=int, help="tokens at least of a prompt with a passkey to learn from (default: 256)")
     add("--passkey-prompts", type=int, default=4, help="at each of five depths")
     given = parser.parse_args()
     cuda = given.device == "cuda"

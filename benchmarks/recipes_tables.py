@@ -87,7 +87,7 @@ def tables(runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Of all that is in a result file; those of nothing are left out."""
     every = list(runs.values())
     made = [*recipe_tables(every)]
-    made += [speed_table(every), many_table(every), passkey_table(every), memory_table(every), failure_table(every)]
+    made += [speed_table(every), many_table(every), passkey_table(every), long_table(every), memory_table(every), failure_table(every)]
     return [table for table in made if table["rows"]]
 
 
@@ -97,7 +97,8 @@ def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
     Of the text what it is made of: what a model writes itself is never twice the same on a GPU.
     """
     plan = run["plan"] or {}
-    return {**run["measured"], **plan, **({"text": plan["text"].rpartition(" (")[0]} if "text" in plan else {})}
+    measured = {name: value for name, value in run["measured"].items() if name != "long"}  # which changes nothing else
+    return {**measured, **plan, **({"text": plan["text"].rpartition(" (")[0]} if "text" in plan else {})}
 
 
 def main_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -283,14 +284,15 @@ def passkey_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tokens, plan = sum(stage["tokens"] for stage in run["stages"].values()), run["plan"] or {}
         settings = [f"{key} {plan[key]}" for key in ("share", "tune_lr", "transfer_lr", "loss") if plan.get(key) is not None]
         settings += ["loss of the answers"] if plan and run["answers"] else []
+        settings += [f"passkeys in {run['shortest']:,} tokens or more"] if plan and run.get("shortest") else []
         key = run["label"], ", ".join(settings) or DASH, f"{tokens / 1e6:.3g} M" if tokens else DASH
         groups.setdefault(key, []).append(run)
     rows = []
     for key, some in groups.items():
         known = [run for run in some if run.get("recall")]
         recall = _recall(known, "exact") if known else DASH
-        for counted, words in COUNTED.items():
-            at = [[share for run in some if (share := _at(run, n, counted)) is not None] for n in lengths]
+        for (cells, counted), words in COUNTED.items():
+            at = [[share for run in some if (share := _at(run, cells, n, counted)) is not None] for n in lengths]
             if any(at):
                 rows.append([*key, recall, words, str(max(map(len, at))), *map(_found, at)])
     distances = ", ".join(str(one["distance"]) for one in next((run["recall"] for run in found if run.get("recall")), []))
@@ -299,15 +301,17 @@ def passkey_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"title": "Taught on prompts: codes written in full, and passkeys by the length of the prompt", "columns": columns, "rows": rows}
 
 
-COUNTED = {
-    "exact": "the answer begins with the number",
-    "number": "every digit likeliest, a space given",
-}  # of passkeys; the second is looked at since a later commit
+COUNTED = {  # of passkeys; what is counted but the first is looked at since later commits
+    ("cells", "exact"): "the answer begins with the number",
+    ("cells", "number"): "every digit likeliest, a space given",
+    ("stretched", "exact"): "stretched to the prompt: the answer begins with the number",
+    ("stretched", "number"): "stretched to the prompt: every digit likeliest, a space given",
+}
 
 
-def _at(run: Mapping[str, Any], length: int, counted: str) -> float | None:
+def _at(run: Mapping[str, Any], cells: str, length: int, counted: str) -> float | None:
     """The share of passkeys that a run found in prompts of a length."""
-    found = [cell[counted] for cell in run["cells"] if cell["length"] == length and counted in cell]
+    found = [cell[counted] for cell in run.get(cells, ()) if cell["length"] == length and counted in cell]
     return statistics.fmean(found) if found else None
 
 
@@ -315,6 +319,21 @@ def _found(shares: Sequence[float]) -> str:
     """The mean over runs, and of several the least and the most."""
     mean = percent(statistics.fmean(shares)) if shares else DASH
     return f"{mean} ({100 * min(shares):.0f}–{100 * max(shares):.0f})" if len(shares) > 1 else mean
+
+
+def long_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Perplexity of the book in longer windows than were taught, and where a model can be stretched to them, after that."""
+    groups: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    for run in good_runs(list(runs)):
+        if "long" in run:
+            taught = f"{run['plan']['tokens'] / 1e6:.3g} M" if run["plan"] else DASH
+            groups.setdefault((run["label"], f"{run['measured']['long']:,}", taught), []).append(run["long"])
+    rows = []
+    for key, some in groups.items():
+        cells = [[math.exp(one[name]) for one in some if name in one] for name in ("as taught", "stretched")]
+        rows.append([*key, str(len(some)), *(spread(found, "{:.2f}".format) for found in cells)])
+    columns = ["recipe", "window, tokens", "tokens taught", "seeds", "as taught", "stretched"]
+    return {"title": "Perplexity of the book in long windows", "columns": columns, "rows": rows}
 
 
 def memory_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 Tell = Callable[[dict[str, Any]], None]
 RECALL = (256, 512, 768)  # tokens between what is stated and the question
 KEPT = 65536  # tokens, of the bytes kept
+SHORTEST = 256  # tokens of a prompt with a passkey to learn from
 ALONE = 100.0  # a window factor whose sigmoid is 1 in float32
 
 
@@ -98,6 +99,8 @@ def recipe(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
             merge_lora(model)
         record["points"][name] = nats(model, data, measured)
     record["recall"] = recalled(bench, model, measured)
+    if measured.get("long"):
+        record["long"] = in_long(model, data, measured)
     if task["stages"] and window_alone(model):
         record["window_alone"] = {"nats": nats(model, data, measured), "recall": recalled(bench, model, measured)}
     record["finite"] = all(math.isfinite(x) for point in record["points"].values() for x in point.values())
@@ -138,6 +141,20 @@ def nats(model: Any, data: dict[str, Tensor], measured: dict[str, Any]) -> dict[
 
     texts = {name: data[name] for name in ("book", "other") if data[name].numel()}
     return {name: perplexity(model, text, window=measured["length"], limit=measured["windows"]).nll for name, text in texts.items()}
+
+
+def in_long(model: Any, data: dict[str, Tensor], measured: dict[str, Any]) -> dict[str, float]:
+    """Nats a token of the book in longer windows, and where layers can be stretched to them, after that too."""
+    from subquad.bench.quality import perplexity
+    from subquad.bench.speed import outermost
+    from subquad.convert.stretch import stretch
+
+    window, text = measured["long"], data["book"]
+    found = {"as taught": perplexity(model, text, window=window).nll}
+    if any(module.card.name == "lolcats" for module in outermost(model)):
+        longer = stretch(copy.deepcopy(model), window / measured["length"])
+        found["stretched"] = perplexity(longer, text, window=window).nll
+    return found
 
 
 def recalled(bench: Bench, model: Any, measured: dict[str, Any]) -> list[dict[str, Any]]:
@@ -230,11 +247,14 @@ class Questions(Sequence[dict[str, Tensor]]):
         tokens: ``[T]`` to take the text from.
         count: of batches.
         answers: predict the answers alone; every sequence then begins with a prompt.
+        shortest: tokens of a prompt with a passkey, at least.
     """
 
-    def __init__(self, tokenizer: Any, tokens: Tensor, count: int, batch: int, length: int, seed: int, answers: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, tokens: Tensor, count: int, batch: int, length: int, seed: int, answers: bool, shortest: int = SHORTEST
+    ) -> None:  # fmt: skip
         self.tokenizer, self.tokens, self.count, self.batch, self.length = tokenizer, tokens, count, batch, length
-        self.seed, self.answers = seed, answers
+        self.seed, self.answers, self.shortest = seed, answers, shortest
 
     def __len__(self) -> int:
         return self.count
@@ -267,7 +287,7 @@ class Questions(Sequence[dict[str, Tensor]]):
             most = room - 128  # tokens of the codes, the question, and a last sentence of what stands between
             code = recall_prompts(1, distance=pick.randint(min(32, most), most), seed=pick.randrange(1, 2**31), count=self._count)[0]
             return code.text, code.answer
-        length = pick.randint(min(256, room), room)
+        length = pick.randint(min(self.shortest, room), room)
         found = hidden_prompt("passkey", length, pick.random(), index=index, seed=self.seed + 1000, count=self._count)
         return found.text, found.answer
 
@@ -282,13 +302,15 @@ def passkey(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """A recipe on text with questions in it, asked for codes, and for passkeys in longer and longer text."""
     from subquad.bench.needle import retrieval
     from subquad.convert.lora import merge_lora
+    from subquad.convert.stretch import stretch
 
     data, model = bench.tokens(task["data"])["train"], placed(bench.fresh(), task)
     record: dict[str, Any] = {"stages": {}, "cells": []}
     for number, (name, stage) in enumerate(task["stages"].items()):
         count, answers = stage["steps"] * stage.get("accumulate", 1), name == "finetune" and task["answers"]
         seed = 10 * task["seed"] + number
-        questions = Questions(bench.tokenizer, data, count, stage["batch"], stage["length"], seed, answers)
+        sizes = count, stage["batch"], stage["length"]
+        questions = Questions(bench.tokenizer, data, *sizes, seed, answers, task.get("shortest", SHORTEST))
         # to find the tokens of a batch's prompts takes the host longer than a GPU takes to learn from them
         workers: dict[str, Any] = {"num_workers": 6, "prefetch_factor": 8, "multiprocessing_context": "fork"} if bench.cuda else {}
         batches = DataLoader(questions, batch_size=None, **workers)  # type: ignore[arg-type]
@@ -297,10 +319,17 @@ def passkey(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
             merge_lora(model)
         tell(record)
     record["recall"] = recalled(bench, model, {"prompts": 4 * task["prompts"], "distances": task["distances"]})
+    asked = partial(retrieval, tokenizer=bench.tokenizer, tasks=("passkey",), prompts=task["prompts"])
     for length in task["lengths"]:
-        found = retrieval(model, bench.tokenizer, tasks=("passkey",), lengths=(length,), prompts=task["prompts"])
-        record["cells"] += [asdict(cell) for cell in found.cells]
+        record["cells"] += [asdict(cell) for cell in asked(model, lengths=(length,)).cells]
         tell(record)
+    taught_at = max((stage["length"] for stage in task["stages"].values()), default=0)
+    if task["mechanism"] == "lolcats" and taught_at:
+        record["stretched"] = []
+        for length in (n for n in task["lengths"] if n > taught_at):
+            longer = stretch(copy.deepcopy(model), length / taught_at)
+            record["stretched"] += [asdict(cell) for cell in asked(longer, lengths=(length,)).cells]
+            tell(record)
     return record
 
 

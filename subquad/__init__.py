@@ -8,6 +8,7 @@
 >>> subquad.distill(student, teacher, data)                      # teach it
 >>> subquad.finetune(student, data); subquad.merge_lora(student) # and tune it with low-rank adapters
 >>> subquad.linearize(model, "lolcats", data)                    # all of that, by a published recipe
+>>> subquad.stretch(model, 8)                                    # for contexts of eight times the length taught
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from subquad.convert.finetune import finetune
     from subquad.convert.lora import merge_lora
     from subquad.convert.recipe import linearize
+    from subquad.convert.stretch import stretch
     from subquad.convert.swap import restore, swap
 
 
@@ -54,13 +56,15 @@ _LATER = {
     "finetune": "subquad.convert.finetune",
     "merge_lora": "subquad.convert.lora",
     "linearize": "subquad.convert.recipe",
+    "stretch": "subquad.convert.stretch",
     "Report": "subquad.bench.report",
 }
 _PARTS = ("bench", "layers", "train")  # packages; the others are imported above
 
 __all__ = [
     "Attention", "Call", "Card", "Input", "InputError", "Report", "Rotary", "Shape", "State", "__version__", "attend", "attention",
-    "card", "distill", "finetune", "linearize", "mechanism", "mechanisms", "merge_lora", "reference", "register", "restore", "swap",
+    "card", "distill", "finetune", "linearize", "mechanism", "mechanisms", "merge_lora", "reference", "register", "restore", "stretch",
+    "swap",
 ]  # fmt: skip
 
 

@@ -18,6 +18,9 @@ def chat(
     temperature: Annotated[float, typer.Option(help="Of the sampling; 0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Share of the probability that is sampled from.")] = 0.9,
     most: Annotated[int, typer.Option("--max-tokens", help="Tokens of a reply.")] = 256,
+    stretch: Annotated[
+        float | None, typer.Option(help="Fit lolcats layers for talks so many times as long as they were taught on.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -38,6 +41,10 @@ def chat(
 
     place, precision = pick_device(device), dtype_of(dtype)
     loaded, tokenizer = load_model(model, precision)
+    if stretch is not None:
+        from subquad.convert.stretch import stretch as stretched
+
+        stretched(loaded, stretch)
     talk = Conversation(
         loaded.to(place), tokenizer, system=system, temperature=temperature, top_p=top_p, most=most, seed=seed
     )  # fmt: skip

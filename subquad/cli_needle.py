@@ -19,6 +19,9 @@ def needle(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts at each length and depth.")] = 4,
     by: Annotated[str, typer.Option(help="forward (one pass, also ranks), or generate (greedy decoding).")] = "forward",
     to: Annotated[str | None, typer.Option(help="Swap the model's attention first: NAME:option=value,….")] = None,
+    stretch: Annotated[
+        float | None, typer.Option(help="Fit lolcats layers for contexts so many times as long as they were taught on, before asking.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
@@ -33,6 +36,8 @@ def needle(
       subquad needle smollm2-135m --to sliding-window:window=64,sinks=4 --lengths 512,2048
 
       subquad needle runs/first/lolcats --lengths 1024,8192 --by generate --out needle.json
+
+      subquad needle runs/first/lolcats-sinks --lengths 8192 --stretch 8
     """
     from rich.console import Console
 
@@ -61,6 +66,10 @@ def needle(
         from subquad.convert.swap import swap
 
         swap(loaded, choice.name, **choice.options)
+    if stretch is not None:
+        from subquad.convert.stretch import stretch as stretched
+
+        stretched(loaded, stretch)
     found = retrieval(
         loaded.to(place), tokenizer, tasks=cast(Any, tuple(dict.fromkeys(task or TASKS))), lengths=counts, depths=where, prompts=prompts,
         by=cast(Any, by), seed=seed, progress=True,

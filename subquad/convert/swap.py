@@ -166,12 +166,23 @@ def _make_classes(host: Host) -> None:
     register_families()  # so that the Auto classes know the swapped config at once
     model, inside = host.model, swapped(host.model)
     switch_config(model, [*model.modules(), *(module.original for module in inside.values())])
-    layers = saved({index: module.mechanism for index, module in inside.items()})
-    model.config.subquad = {"layers": {key: {**entry, **inside[int(key)].placement} for key, entry in layers.items()}}
+    _write_plan(model, inside)
     for part in _classed_parts(host):
         if not hasattr(type(part), "plain"):
             part.__class__ = swapped_class(type(part))
     _inner(host).all_swapped = len(inside) == len(host.sites)
+
+
+def _write_plan(model: Any, inside: Mapping[int, SwappedAttention]) -> None:
+    layers = saved({index: module.mechanism for index, module in inside.items()})
+    model.config.subquad = {"layers": {key: {**entry, **inside[int(key)].placement} for key, entry in layers.items()}}
+
+
+def note_plan(model: Any) -> None:
+    """Write the plan into a swapped model's config anew, after options of its mechanisms have changed."""
+    host = find_host(model)
+    if host.family is not None:
+        _write_plan(host.model, swapped(host.model))
 
 
 def _restore_classes(host: Host) -> None:

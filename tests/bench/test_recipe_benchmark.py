@@ -138,7 +138,7 @@ def test_tables_say_what_was_measured(parts):
 
 
 def test_passkeys_are_taught_to_runs_by_label(main):
-    given = {"passkey_loss": "answer", "passkey_lengths": (1024,), "passkey_prompts": 1, "distances": (256,)}
+    given = {"passkey_loss": "answer", "passkey_lengths": (1024,), "passkey_prompts": 1, "distances": (256,), "passkey_shortest": None}
     given |= {"passkey_for": ("lolcats 3:1", "lawcat", "original tuned", "original"), "seeds_for": ("lolcats 3:1",)}
     tasks = main.passkey_tasks(Namespace(**given), PLAN)
     found = [(task["label"], task["layers"], task["seed"], list(task["stages"])) for task in tasks]
@@ -171,10 +171,29 @@ def test_passkeys_of_several_seeds_are_one_row(parts):
         "1,024 tokens",
         "2,048 tokens",
     ]
-    exact, number = parts._tables.COUNTED.values()
+    exact, number, longer, _ = parts._tables.COUNTED.values()
     assert [row[2:3] + row[4:] for row in table["rows"]] == [
         ["1 M", exact, "2", "50 % (25–75)", "100 % (100–100)"], ["2 M", exact, "1", "25 %", "100 %"], ["2 M", number, "1", "75 %", "–"],
     ]  # fmt: skip
+    long = taught(0, 1.0) | {"shortest": 768, "stretched": [{"length": 2048, "depth": depth, "exact": depth} for depth in (0.5, 1.0)]}
+    rows = parts._tables.passkey_table([taught(0, 1.0), long])["rows"]
+    assert [row[4:] for row in rows] == [
+        [exact, "1", "100 %", "100 %"], [exact, "1", "100 %", "100 %"], [longer, "1", "–", "75 %"],
+    ]  # fmt: skip
+    assert [row[1] for row in rows] == ["loss of the answers", *2 * ["loss of the answers, passkeys in 768 tokens or more"]]
+
+
+def test_longer_windows_have_a_table(parts):
+    runs = [run("lolcats", seed, start=4.0, finetune=3.0) | {"long": {"as taught": 3.5, "stretched": 3.0 + seed}} for seed in (0, 1)]
+    runs.append(run("original", plan=None, start=4.0) | {"long": {"as taught": 2.0}})
+    for one in runs:
+        one["measured"] = one["measured"] | {"long": 8192}
+    mean, spread = (math.exp(3.0) + math.exp(4.0)) / 2, (math.exp(4.0) - math.exp(3.0)) / math.sqrt(2)
+    assert parts._tables.long_table(runs)["rows"] == [
+        ["lolcats", "8,192", "6 M", "2", f"{math.exp(3.5):.2f} ± 0.00", f"{mean:.2f} ± {spread:.2f}"],
+        ["original", "8,192", "–", "1", f"{math.exp(2.0):.2f}", "–"],
+    ]
+    assert parts._tables.main_settings(runs) == parts._tables.main_settings([run("lolcats", start=4.0, finetune=3.0)])
 
 
 def test_seeds_of_other_settings_are_one_row(parts):
@@ -194,7 +213,7 @@ def test_a_conversion_is_measured_at_every_point(parts, tokenizer, tmp_path):
     tokens = torch.randint(257, (4096,), generator=torch.Generator().manual_seed(0))
     torch.save({"train": tokens[:3072], "book": tokens[3072:], "other": tokens[:0]}, tmp_path / "tokens.pt")
     stages = tables.stages_of("lolcats", PLAN | {"tokens": 2048, "length": 128, "batch": 2, "micro": 1})
-    measured = {"length": 128, "windows": 2, "prompts": 1, "distances": [64]}
+    measured = {"length": 128, "windows": 2, "prompts": 1, "distances": [64], "long": 512}
     task = {"data": str(tmp_path / "tokens.pt"), "recipe": "lolcats", "mechanism": "lolcats", "options": {"window": 8}, "layers": "3:1"}
     told = []
     record = worker.recipe(bench, task | {"stages": stages, "measured": measured, "seed": 0}, lambda one: told.append(json.dumps(one)))
@@ -203,6 +222,7 @@ def test_a_conversion_is_measured_at_every_point(parts, tokenizer, tmp_path):
     assert len(record["stages"]["finetune"]["losses"]) == 4
     assert record["new_parameters"] == 3 * 4 * (2 * 8 * 64 + 1)  # of three layers, four heads: two maps and a factor
     assert [list(json.loads(one)["points"]) for one in told] == [["start"], ["start", "transfer"]]
+    assert list(record["long"]) == ["as taught", "stretched"] and record["long"]["as taught"] != record["long"]["stretched"]
     assert record["window_alone"]["nats"]["book"] != record["points"]["finetune"]["book"]
     for sinks in (0, 2):
         window = subquad.swap(make_llama(), "sliding-window", window=8, sinks=sinks, layers="3:1")
@@ -210,6 +230,30 @@ def test_a_conversion_is_measured_at_every_point(parts, tokenizer, tmp_path):
         model = worker.placed(bench.fresh(), task | {"options": {"window": 8, "sinks": sinks}})
         assert worker.window_alone(model)
         assert worker.nats(model, bench.tokens(task["data"]), measured)["book"] == pytest.approx(expected["book"], abs=1e-5)
+
+
+def test_passkeys_are_looked_for_stretched_too(parts, tokenizer, tmp_path, monkeypatch):
+    import subquad.bench.needle
+
+    worker, tables = parts._worker, parts._tables
+    bench = worker.Bench.__new__(worker.Bench)
+    bench.model, bench.tokenizer, bench.device, bench.cuda, bench.files = make_llama(), tokenizer, "cpu", False, {}
+    torch.save({"train": torch.full((2048,), 7)}, tmp_path / "tokens.pt")
+    asked = []
+
+    def retrieval(model, *given, lengths, **more):
+        asked.append((lengths[0], float(model.model.layers[0].self_attn.mechanism.window_factor.detach()[0])))
+        return subquad.bench.needle.Retrieval((), "forward", 0)
+
+    monkeypatch.setattr(subquad.bench.needle, "retrieval", retrieval)
+    stages = {"finetune": tables.stages_of("lolcats", PLAN | {"tokens": 1400, "length": 700, "batch": 1, "micro": 1})["finetune"]}
+    task = {"data": str(tmp_path / "tokens.pt"), "recipe": "lolcats", "mechanism": "lolcats", "options": {"window": 8}, "layers": "all"}
+    task |= {"stages": stages, "answers": True, "seed": 0, "lengths": [700, 1400, 5600], "prompts": 1, "distances": [], "shortest": 600}
+    record = worker.passkey(bench, task, lambda _: None)
+    assert [length for length, _ in asked] == [700, 1400, 5600, 1400, 5600] and record["stretched"] == []
+    factors = [factor for _, factor in asked]
+    ratios = [math.exp(factor) / (1 / (1 + math.exp(-factors[0]))) for factor in factors[3:]]
+    assert factors[0] == factors[1] == factors[2] and ratios == pytest.approx([2 ** (2 / 3), 4.0], rel=1e-5)
 
 
 def test_prompts_are_in_half_of_the_sequences(parts, tokenizer):
@@ -230,6 +274,12 @@ def test_prompts_are_in_half_of_the_sequences(parts, tokenizer):
             assert f"The code of {name} is{answer}" in text[:200]
         else:
             assert f"The pass key is {answer[1:-1]}. Remember it." in text
+    sizes = {}
+    for shortest in (256, 600):
+        made = parts._worker.Questions(**shape | {"count": 12}, answers=True, shortest=shortest)
+        rows = [labels for index in range(12) for labels in made[index]["labels"][::2]]
+        sizes[shortest] = [int((row != -100).nonzero()[0]) for row in rows]
+    assert min(sizes[256]) < 500 and min(sizes[600]) > 500 and max(sizes[600]) <= 684  # as near as whole sentences allow
     again = parts._worker.Questions(**shape, answers=True)[2]
     assert torch.equal(again["input_ids"], asked["input_ids"])
 

@@ -253,7 +253,7 @@ def test_every_recipe_is_taught_with_the_same_number_of_tokens(job, tmp_path, mo
         return teach(self, batch)
 
     def tunes(self, run, judge, batches, norm):
-        read.append(("finetune", sum(batch["input_ids"].numel() for batch in batches)))
+        read.append(("finetune", sum(batch["input_ids"].numel() for batch, _ in batches)))
         return advance(self, run, judge, batches, norm)
 
     monkeypatch.setattr(_Teacher, "__call__", transfers)

@@ -32,7 +32,7 @@ from subquad.convert.gradient_checkpointing import checkpointed, recomputing
 from subquad.convert.graphs import Graphed, plain
 from subquad.convert.lora import TARGETS, add_lora, drop_lora, projections, without_lora
 from subquad.convert.loss import divergence, labels_of, next_token_loss
-from subquad.convert.run import Bar, Run, check_counts, check_rate, seeded
+from subquad.convert.run import Bar, Run, check_counts, check_rate, check_share, seeded
 from subquad.convert.swap import swapped
 from subquad.convert.transfer import moved, originals
 from subquad.models.fingerprint import fingerprint
@@ -123,8 +123,8 @@ def finetune(
         take_finished: if `out` holds the finished run of this call, take its weights instead of refusing.
 
     Raises:
-        InputError: a target the model lacks, `own` beside data that are not token ids, a loss that is not finite (the last checkpoint stays), or an `out` that is not an
-            unfinished run of the same call.
+        InputError: a target the model lacks, `own` beside data that are not token ids, a loss that is not finite (the last checkpoint
+            stays), or an `out` that is not an unfinished run of the same call.
     """
     check_counts(steps=steps, batch=batch, accumulate=accumulate, length=length, rank=rank, save_every=save_every)
     for name, value in {"lr": lr, "alpha": alpha, "max_grad_norm": max_grad_norm}.items():
@@ -170,12 +170,6 @@ def finetune(
                     p.data = run.parameters[name].detach()
     count = sum(p.numel() for p in run.parameters.values())
     return FinetuneResult(run.step, [row[0] for row in run.history], run.tokens, run.elapsed, count, run.resumed_from)
-
-
-def check_share(name: str, value: Any) -> None:
-    """Refuse what is not a share of something there is."""
-    if not isinstance(value, int | float) or not 0 < value <= 1:
-        raise InputError(name, value, "a number above 0 and at most 1")
 
 
 def share(step: int, steps: int, schedule: str = "cosine", warmup: float = 0.1) -> float:
@@ -307,7 +301,9 @@ class _Engine:
         targets, tokens = (self._sum(counts.to(self.device)) if self.world > 1 else counts).tolist()
         if not targets:
             raise InputError("data", "a step without a token to predict", "batches of two tokens or more that are not padding")
-        batches = [(moved(batch, self.device), own) for batch, own in batches]  # at once: each copy waits for what the device has been asked for
+        batches = [
+            (moved(batch, self.device), own) for batch, own in batches
+        ]  # at once: each copy waits for what the device has been asked for
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         by = torch.full((), float(targets), device=self.device)
         for index, (batch, own) in enumerate(batches):

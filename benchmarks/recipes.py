@@ -313,11 +313,7 @@ def arguments() -> argparse.Namespace:
     add("--recall-tokens", type=int, default=0, help="train on so many tokens, too, of documents with numbers to recall")
     add("--at-once", type=int, default=1, metavar="N", help="runs side by side on a GPU (default: 1)")
     add("--self-tokens", type=int, default=0, help="train on so many tokens, too, that the model writes itself")
-    add(
-        "--own-share",
-        type=float,
-        help="of the sequences of fine-tuning, to be of that text and to teach by its distribution (default: as other text)",
-    )
+    add("--own-share", type=float, help="of the tuning's sequences are then of that text and teach its distribution (default: as the rest)")
     add("--other-text", type=Path, help="a file to measure on (default: the GPL that a package carries)")
     add("--windows", type=int, default=32, help="held out at the end of the book, and of the other text at most")
     add("--prompts", type=int, default=64, help="of recall, at each distance")

@@ -41,8 +41,8 @@ class Job:
         text: files; none is the embedded book. With "self" among them the model itself writes what it is taught with, `self_tokens`
             tokens, and the others are for measuring alone.
         own_share: beside "self", text of both kinds teaches: the transfer reads all of it; of the sequences of fine-tuning this share
-            is the model's own text, by its distribution, and the rest the files' before the held-out end, by the next token. None: its
-            own alone.
+            is the model's own text, by its distribution, and the rest the files' before the held-out end, by the next token or as a
+            recipe says; the original learns the next token of all. None: its own text is all that teaches.
         window, stride, windows: of the held-out text, which is the end of the text.
         batch, length: of teaching (None: a recipe's own, otherwise 1 × 512); lr of the distillation (None: its own).
         group: layers on the device at a time in the transfer; the model stays on the CPU then, and all else is done there.
@@ -205,7 +205,7 @@ class _Words:
     def _texts(self) -> str:
         job = self.run.job
         files = ", ".join(path for path in job.text if path != SELF) or "Moby-Dick (embedded)"
-        also = "" if job.own_share is None else "what stands before them, and with "
+        also = "" if job.own_share is None else "the text before the held-out end and "
         return f"{files}; taught with {also}{job.self_tokens:,} tokens that the model wrote itself" if SELF in job.text else files
 
     def _teaching(self) -> list[str]:
@@ -215,9 +215,8 @@ class _Words:
         tuned_on = where
         if job.own_share is not None:
             where = f"{where} or from before the held-out end"
-            tuned_on = (
-                f"{where}, {job.own_share:.4g} of the sequences its own, which teach by its distribution, the others by the next token"
-            )
+            tuned_on = f"{where}; {job.own_share:.4g} of the sequences are its own and teach by its distribution, the others "
+            tuned_on += "by the next token, or as the recipe says" + (" (all do, for the original)" if job.tune_original else "")
         if any(one.transfer is not None for one in self.run.subjects):
             counts = sorted({stage_tokens(one.transfer) for one in self.run.subjects if one.transfer is not None})
             tokens = " or ".join(f"{count:,}" for count in counts)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from subquad.bench.job import Job
 
 ORIGINAL = "softmax (original)"
-TUNED = "original"  # instead of a recipe: the model with its own attention, tuned
 SELF = "self"  # as a text: what the model writes itself
 _PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 120
 _COMPARED = 4  # windows that layers are compared on
@@ -37,7 +36,7 @@ class JobRun:
         self.teaching = device  # where groups of layers are taught; a model that is taught so need not fit there
         if any(one.grouped for one in subjects):
             self.device = "cpu"
-        self.own: dict[str, Any] = {}  # arguments of `finetune` for text of the model's own beside `train`
+        self.own: Tensor | None = None  # text of the model's own beside `train`
         self.done: list[Row] = []
         self.kept_layers: dict[str, list[int]] = {}  # by subject, where they were chosen
 
@@ -80,12 +79,12 @@ class JobRun:
             if self.job.own_share is None:
                 self.train = made
             else:
-                self.own = {"own": made, "own_share": self.job.own_share}
+                self.own = made
 
     @property
     def every(self) -> Tensor:
         """All tokens there are to teach with."""
-        return torch.cat([self.own["own"], self.train]) if self.own else self.train
+        return self.train if self.own is None else torch.cat([self.own, self.train])
 
     def swap(self, choice: Choice, layers: Any) -> None:
         from subquad.convert.swap import swap
@@ -246,15 +245,15 @@ class JobRun:
         self._judge(row)
         return row
 
-    def _tuned(self, one: Subject, before: Row, kept: Row | None) -> Row:
-        """Tune the model as it stands with low-rank adapters, merge them, and measure it."""
+    def _tuned(self, one: Subject, before: Row, kept: Row | None, alike: Tensor | None = None) -> Row:
+        """Tune the model as it stands with low-rank adapters, merge them, and measure it. All of `alike`, if given, teaches in one way."""
         from subquad.convert.finetune import finetune
         from subquad.convert.lora import merge_lora
 
         assert one.finetune is not None
         self._say(f"fine-tuning {before.mechanism}, {one.finetune['steps']} steps of {_size(one.finetune)} tokens")
-        data, own = (self.every, {}) if one.recipe == TUNED else (self.train, self.own)
-        result = finetune(self.model, data, **{**one.finetune, **own}, **self._common(f"{one.folder}-finetune"))
+        data, own = (self.train, self.own) if alike is None else (alike, None)
+        result = finetune(self.model, data, **one.finetune, own=own, **self._common(f"{one.folder}-finetune"))
         merge_lora(self.model)
         self._say(f"measuring {before.mechanism} after fine-tuning")
         row = replace(before, tuned_steps=result.steps, tune_losses=result.losses, tune_seconds=result.seconds)
@@ -268,9 +267,9 @@ class JobRun:
         like = next(one for one in self.subjects if one.finetune is not None)
         assert like.finetune is not None
         own = {key: value for key, value in like.finetune.items() if key not in ("loss", "kl_weight", "own_share", "train_mechanism")}
-        one = replace(like, finetune=own, recipe=TUNED)
+        one = replace(like, finetune=own, recipe="original")
         with self._weights_kept(one):
-            return self._tuned(one, self.done[0], None)
+            return self._tuned(one, self.done[0], None, self.every)
 
     def _common(self, name: str) -> dict[str, Any]:
         out = self.folder.checkpoints(name)

@@ -301,9 +301,8 @@ class _Engine:
         targets, tokens = (self._sum(counts.to(self.device)) if self.world > 1 else counts).tolist()
         if not targets:
             raise InputError("data", "a step without a token to predict", "batches of two tokens or more that are not padding")
-        batches = [
-            (moved(batch, self.device), own) for batch, own in batches
-        ]  # at once: each copy waits for what the device has been asked for
+        # at once: each copy waits for what the device has been asked for
+        batches = [(moved(batch, self.device), own) for batch, own in batches]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         by = torch.full((), float(targets), device=self.device)
         for index, (batch, own) in enumerate(batches):

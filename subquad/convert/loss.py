@@ -71,7 +71,7 @@ def labels_of(batch: dict[str, Any]) -> Tensor:
 def divergence(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     """Of the student from the teacher, summed over the places where `labels` is not -100, in float32 or float64.
 
-    What stands at other places, numbers or not, counts nothing. Of 16-bit logits there is never a float32 copy. No gradient goes to `target`.
+    What stands at other places, numbers or not, counts nothing. Of 16-bit logits there is never a float32 copy; `target` gets no gradient.
 
     Args:
         logits: ``[B, N, V]``.

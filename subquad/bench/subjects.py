@@ -70,9 +70,8 @@ def subjects(job: Job) -> list[Subject]:
     finetune = _shared({"steps": job.finetune, **size} if job.finetune else None, job.own_share)
     found = [Subject(choice, transfer, finetune) for choice in job.to]
     for one in _equal(job, [recipe(name).changed({"transfer": {**rate, **group}}) for name in job.recipes]):
-        found.append(
-            Subject(Choice(one.mechanism, dict(one.options)), one.transfer, _shared(one.finetune, job.own_share), one.name, one.paper)
-        )
+        choice, tuned = Choice(one.mechanism, dict(one.options)), _shared(one.finetune, job.own_share)
+        found.append(Subject(choice, one.transfer, tuned, one.name, one.paper))
     if not found:
         raise InputError("--to", "nothing", "at least one mechanism, or a --recipe")
     names = [one.recipe for one in found if one.recipe]

@@ -313,7 +313,7 @@ def test_misuse_is_one_line(student, tokens, own):
         "own: got token id 97": lambda: tune(student, tokens, own=own + 1),
         "own_share: got 0; expected a number above 0 and at most 1": lambda: tune(student, tokens, own=own, own_share=0),
         "own_share: got 1.5": lambda: tune(student, tokens, own_share=1.5),
-        "own_share: got 'half'": lambda: tune(student, tokens, own_share="half"),
+        "own_share: got half": lambda: tune(student, tokens, own_share="half"),
         "own_share: got nan": lambda: tune(student, tokens, own_share=math.nan),
         "teacher: got .*a vocabulary of 98; expected that of the model, 97": lambda: tune(
             student, tokens, own=own, batch=2, teacher=tiny_llama(vocab_size=98)

@@ -112,7 +112,8 @@ def plan_of(given: Any, train: torch.Tensor) -> dict[str, Any]:
     names = [*given.text, *([f"{given.recall_tokens} to recall"] if given.recall_tokens else [])]
     names += [f"{given.self_tokens} of its own"] if given.self_tokens else []
     text = f"{' + '.join(names)} ({digest(train.numpy().tobytes())})"
-    return {**{key: getattr(given, key) for key in keys}, "text": text}
+    own = {} if given.own_share is None else {"own": given.self_tokens, "own_share": given.own_share}
+    return {**{key: getattr(given, key) for key in keys}, "text": text, **own}
 
 
 def recipe_tasks(given: Any, plan: dict[str, Any], held: str) -> list[dict[str, Any]]:
@@ -144,6 +145,7 @@ def speed_tasks(given: Any) -> list[dict[str, Any]]:
 
 
 def passkey_tasks(given: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
+    plan = {key: value for key, value in plan.items() if key not in ("own", "own_share")}  # the text is cut otherwise here
     shared = {"kind": "passkey", "layers": "all", "seed": 0, "plan": plan, "answers": given.passkey_loss == "answer"}
     shared |= {"lengths": list(given.passkey_lengths), "prompts": given.passkey_prompts, "distances": list(given.distances)}
     shared |= {"shortest": given.passkey_shortest} if given.passkey_shortest is not None else {}
@@ -312,6 +314,7 @@ def arguments() -> argparse.Namespace:
     add("--recall-tokens", type=int, default=0, help="train on so many tokens, too, of documents with numbers to recall")
     add("--at-once", type=int, default=1, metavar="N", help="runs side by side on a GPU (default: 1)")
     add("--self-tokens", type=int, default=0, help="train on so many tokens, too, that the model writes itself")
+    add("--own-share", type=float, help="of the tuning's sequences are then of that text and teach its distribution (default: as the rest)")
     add("--other-text", type=Path, help="a file to measure on (default: the GPL that a package carries)")
     add("--windows", type=int, default=32, help="held out at the end of the book, and of the other text at most")
     add("--long", type=int, metavar="N", help="look at the book in windows of N tokens too, where lolcats is stretched to them as well")
@@ -332,6 +335,8 @@ def arguments() -> argparse.Namespace:
         if unknown := [word for word in getattr(given, name) if word not in known]:
             parser.error(f"--{name} {unknown[0]}: there are {', '.join(known)}")
     given.tokens, given.passkey_tokens, given.micro = int(given.tokens), int(given.passkey_tokens), given.micro or given.batch
+    if given.own_share is not None and not (0 < given.own_share <= 1 and given.self_tokens):
+        parser.error(f"--own-share {given.own_share}: a number above 0 and at most 1, with --self-tokens")
     if given.at_once < 1:
         parser.error(f"--at-once {given.at_once}: a positive integer")
     given.dtype = given.dtype or ("bfloat16" if cuda else "float32")

@@ -22,7 +22,8 @@ def stages_of(recipe: str, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]
         recipe: its name; "original" for the tuning of lolcats on next tokens, without its transfer: what a model that keeps its
             attention gains from as many tuned tokens.
         plan: tokens, length, batch (sequences of a step), micro (of them at once in fine-tuning); share (of the steps that go to the
-            transfer), tune_lr, transfer_lr and loss, each None for the recipe's own.
+            transfer), tune_lr, transfer_lr and loss, each None for the recipe's own. `own_share`, if there, is what all recipes take of the
+            model's own text in fine-tuning; without it none takes any so.
     """
     from subquad.convert.recipe import recipe as find
 
@@ -35,15 +36,25 @@ def stages_of(recipe: str, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]
         chosen = chosen.scaled(steps)
     shapes: dict[str, dict[str, Any]] = {
         "transfer": {"batch": plan["batch"], "lr": plan["transfer_lr"]},
-        "finetune": {"batch": plan["micro"], "accumulate": plan["batch"] // plan["micro"], "lr": plan["tune_lr"], "loss": plan["loss"]},
+        "finetune": {
+            "batch": plan["micro"],
+            "accumulate": plan["batch"] // plan["micro"],
+            "lr": plan["tune_lr"],
+            "loss": plan["loss"],
+            "own_share": plan.get("own_share"),
+        },
     }
     made = {
-        name: {**stage, "length": plan["length"], **{key: value for key, value in shapes[name].items() if value is not None}}
+        name: {**_shareless(stage), "length": plan["length"], **{key: value for key, value in shapes[name].items() if value is not None}}
         for name, stage in chosen.stages.items()
     }
     if recipe == ORIGINAL:
-        made = {"finetune": {**made["finetune"], "loss": "next-token"}} if "finetune" in made else {}
+        made = {"finetune": {**_shareless(made["finetune"]), "loss": "next-token"}} if "finetune" in made else {}
     return made
+
+
+def _shareless(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in stage.items() if key != "own_share"}
 
 
 def tokens_read(stages: Mapping[str, Mapping[str, Any]]) -> int:
@@ -96,9 +107,18 @@ def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
 
     Of the text what it is made of: what a model writes itself is never twice the same on a GPU.
     """
-    plan = run["plan"] or {}
+    plan = {key: value for key, value in (run["plan"] or {}).items() if key != "own"}  # which the text says
+    if " of its own" in plan.get("text", ""):
+        plan.setdefault("own_share", None)  # a setting too
     measured = {name: value for name, value in run["measured"].items() if name != "long"}  # which changes nothing else
     return {**measured, **plan, **({"text": plan["text"].rpartition(" (")[0]} if "text" in plan else {})}
+
+
+def _in_words(key: str, value: Any) -> str:
+    """A setting in a table."""
+    if key == "own_share":
+        return "own text as the other" if value is None else f"own text by distribution, share {value:g}"
+    return "other texts to measure on" if key == "held_out" else f"{key} {value}"
 
 
 def main_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -133,6 +153,7 @@ def recipe_tables(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     size = f", {main['tokens'] / 1e6:.3g} M tokens each" if "tokens" in main else ""
     size += "".join(f", {words} {main[name]:g}" for name, words in RATES.items() if main.get(name) is not None)
     size += f", loss {main['loss']}" if main.get("loss") else ""
+    size += f", {_in_words('own_share', main['own_share'])}" if main.get("own_share") else ""
     quality = [[label, str(len(some)), *_quality(some, start)] for label, some in rows]
     costs = [[label, *_costs(some)] for label, some in rows if "without its" not in label]
     distances = ", ".join(str(one["distance"]) for one in mine[0]["recall"]) if mine else ""
@@ -233,7 +254,7 @@ def _others(runs: Sequence[dict[str, Any]], main: Mapping[str, Any], good: Seque
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         found = {key: value for key, value in settings_of(run).items() if main.get(key) != value}
-        differs = ", ".join("other texts to measure on" if key == "held_out" else f"{key} {value}" for key, value in found.items())
+        differs = ", ".join(_in_words(key, value) for key, value in found.items())
         groups.setdefault((run["label"], differs), []).append(run)
     return [[label, str(len(some)), differs, *_quality(some, _start(some[0], good))[3:]] for (label, differs), some in groups.items()]
 

@@ -93,7 +93,8 @@ def recipe(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
     record |= {"new_parameters": speed.parameters(model) - original, "bytes_64k": speed.kept_bytes(model, [KEPT])[KEPT]}
     for name, stage in task["stages"].items():
         tell(record)
-        record["stages"][name] = taught(bench, model, name, stage, data["train"], task["seed"])
+        own = task["plan"]["own"] if "own_share" in stage else 0
+        record["stages"][name] = taught(bench, model, name, stage, data["train"], task["seed"], own)
         if name == "finetune":
             record["nats_before_merging"] = nats(model, data, measured)
             merge_lora(model)
@@ -119,8 +120,8 @@ def placed(model: Any, task: dict[str, Any]) -> Any:
     return model
 
 
-def taught(bench: Bench, model: Any, name: str, stage: dict[str, Any], data: Any, seed: int) -> dict[str, Any]:
-    """One stage, and what it took."""
+def taught(bench: Bench, model: Any, name: str, stage: dict[str, Any], data: Any, seed: int, own: int = 0) -> dict[str, Any]:
+    """One stage, and what it took; the last `own` tokens of the data are the model's own, which teach by its distribution."""
     from subquad.convert.distill import distill
     from subquad.convert.finetune import finetune
 
@@ -128,7 +129,7 @@ def taught(bench: Bench, model: Any, name: str, stage: dict[str, Any], data: Any
     if name == "transfer":
         result: Any = distill(model, model, data, **stage, seed=seed)
     else:
-        result = finetune(model, data, **stage, seed=seed)
+        result = finetune(model, data[:-own], **stage, own=data[-own:], seed=seed) if own else finetune(model, data, **stage, seed=seed)
     return {
         "steps": result.steps, "tokens": result.tokens, "seconds": round(result.seconds, 2),
         "tokens_per_s": round(result.tokens / result.seconds), "peak_mib": bench.peak_mib(), "losses": thinned(result.losses),

@@ -10,8 +10,8 @@ import typer
 from subquad.checks import InputError
 
 OF_LANGUAGE = (
-    "recipe", "distill", "finetune", "tune_original", "text", "self_tokens", "window", "stride", "windows", "length", "lr", "group",
-    "prompts", "lengths",
+    "recipe", "distill", "finetune", "tune_original", "text", "self_tokens", "own_share", "window", "stride", "windows", "length",
+    "lr", "group", "prompts", "lengths",
 )  # fmt: skip
 OF_IMAGES = ("image", "size", "scope", "weights", "pretrained")
 
@@ -50,6 +50,12 @@ def swap(
         ),
     ] = None,
     self_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model writes with --text self.")] = 65536,
+    own_share: Annotated[
+        float | None,
+        typer.Option(
+            help="With --text self: fine-tune on so large a share of that text by its distribution, on the rest of --text besides."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report, distilled models and checkpoints.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window of held-out text.")] = 1024,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows (default: the window).")] = None,
@@ -123,7 +129,7 @@ def swap(
 
         job = Job(
             model=model, to=chosen, recipes=tuple(recipe or ()), layers=layers, steps=distill, finetune=finetune,
-            tune_original=tune_original, text=tuple(str(path) for path in text or ()), self_tokens=self_tokens,
+            tune_original=tune_original, text=tuple(str(path) for path in text or ()), self_tokens=self_tokens, own_share=own_share,
             window=window, stride=stride, windows=windows, batch=batch, length=length, lr=lr, group=group, prompts=prompts,
             lengths=tuple(choice.integers("--lengths", lengths)), device=device, dtype=dtype, seed=seed,
         )  # fmt: skip

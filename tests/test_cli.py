@@ -127,6 +127,21 @@ def test_swap_by_a_recipe(folder, text, tmp_path):
     refused(call("swap", folder, "--recipe", "lolcat", "--text", text), "recipe", "nearest: lolcats")
 
 
+def test_swap_takes_a_share_of_the_models_own_text(folder, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path / "cache"))
+    arguments = [
+        "swap", folder, "--to", "sliding-window:window=8,sinks=2", "--finetune", 2, "--length", 16, "--text", text, "--window", 64,
+        "--windows", 2, "--prompts", 0, "--lengths", 16, "--self-tokens", 64,
+    ]  # fmt: skip
+    refused(call(*arguments, "--own-share", "0.5"), "--own-share", "--text self")
+    notes = []
+    for name, share in (("all", ()), ("half", ("--own-share", "0.5"))):
+        result = call(*arguments, "--text", "self", *share, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        notes.append(" ".join(json.loads((tmp_path / name / "report.json").read_text())["notes"]))
+    assert "0.5 of the sequences are its own" in notes[1] and "of the sequences" not in notes[0]
+
+
 def test_swap_in_groups(folder, text, tmp_path):
     arguments = [
         "swap", folder, "--to", "lolcats", "--distill", 2, "--group", 3, "--text", text, "--window", 64, "--windows", 1, "--length", 32,

@@ -40,6 +40,9 @@ class Job:
         tune_original: fine-tune the original too, as the first of the others that is tuned.
         text: files; none is the embedded book. With "self" among them the model itself writes what it is taught with, `self_tokens`
             tokens, and the others are for measuring alone.
+        own_share: beside "self", text of both kinds teaches: the transfer reads all of it; of the sequences of fine-tuning this share
+            is the model's own text, by its distribution, and the rest the files' before the held-out end, by the next token or as a
+            recipe says; the original learns the next token of all. None: its own text is all that teaches.
         window, stride, windows: of the held-out text, which is the end of the text.
         batch, length: of teaching (None: a recipe's own, otherwise 1 × 512); lr of the distillation (None: its own).
         group: layers on the device at a time in the transfer; the model stays on the CPU then, and all else is done there.
@@ -56,6 +59,7 @@ class Job:
     tune_original: bool = False
     text: tuple[str, ...] = ()
     self_tokens: int = 65536
+    own_share: float | None = None
     window: int = 1024
     stride: int | None = None
     windows: int = 8
@@ -108,6 +112,8 @@ def _plain(job: Job) -> dict[str, Any]:
 
 def _check(job: Job, out: str | Path | None) -> tuple[str, list[Subject]]:
     """Everything that can be known to be wrong before anything heavy is done; returns the device and what is to be tried."""
+    from subquad.convert.run import check_share
+
     if is_image_model(job.model):
         should = "a causal language model; for images, run_image_job of subquad.bench.image_swap, or subquad train vision"
         raise InputError("model", repr(job.model), should)
@@ -133,6 +139,12 @@ def _check(job: Job, out: str | Path | None) -> tuple[str, list[Subject]]:
         raise InputError("--group", "no --out", "a folder for the hidden states between groups, named with --out")
     if job.tune_original and all(one.finetune is None for one in wanted):
         raise InputError("--tune-original", "nothing else that is tuned", "--finetune, or a recipe that fine-tunes")
+    if job.own_share is not None:
+        check_share("--own-share", job.own_share)
+        if SELF not in job.text:
+            raise InputError("--own-share", job.own_share, "text that the model writes itself beside the other: --text self")
+        if all(one.finetune is None for one in wanted):
+            raise InputError("--own-share", job.own_share, "something that is tuned: --finetune, or a recipe that fine-tunes")
     return pick_device(job.device), wanted
 
 
@@ -193,12 +205,18 @@ class _Words:
     def _texts(self) -> str:
         job = self.run.job
         files = ", ".join(path for path in job.text if path != SELF) or "Moby-Dick (embedded)"
-        return f"{files}; taught with {job.self_tokens:,} tokens that the model wrote itself" if SELF in job.text else files
+        also = "" if job.own_share is None else "the text before the held-out end and "
+        return f"{files}; taught with {also}{job.self_tokens:,} tokens that the model wrote itself" if SELF in job.text else files
 
     def _teaching(self) -> list[str]:
         """What each stage was, in a sentence each."""
         job, rows, notes = self.run.job, self.run.done, []
         where = "that the model wrote itself" if SELF in job.text else "from before the held-out end"
+        tuned_on = where
+        if job.own_share is not None:
+            where = f"{where} or from before the held-out end"
+            tuned_on = f"{where}; {job.own_share:.4g} of the sequences are its own and teach by its distribution, the others "
+            tuned_on += "by the next token, or as the recipe says" + (" (all do, for the original)" if job.tune_original else "")
         if any(one.transfer is not None for one in self.run.subjects):
             counts = sorted({stage_tokens(one.transfer) for one in self.run.subjects if one.transfer is not None})
             tokens = " or ".join(f"{count:,}" for count in counts)
@@ -209,7 +227,8 @@ class _Words:
             maps = [one.label for one in self.run.subjects if one.finetune is not None and one.finetune.get("train_mechanism")]
             also = f", and what the swap put in ({', '.join(maps)})" if maps else ""
             notes.append(
-                f"Fine-tuning: low-rank adapters, merged{also}, on {tokens} tokens {where}; rows before it are of the same model without."
+                f"Fine-tuning: low-rank adapters, merged{also}, on {tokens} tokens {tuned_on}; "
+                "rows before it are of the same model without."
             )
         compared = [one for one in self.run.subjects if one.recipe]
         if len(compared) > 1:

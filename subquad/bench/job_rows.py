@@ -36,6 +36,7 @@ class JobRun:
         self.teaching = device  # where groups of layers are taught; a model that is taught so need not fit there
         if any(one.grouped for one in subjects):
             self.device = "cpu"
+        self.own: Tensor | None = None  # text of the model's own beside `train`
         self.done: list[Row] = []
         self.kept_layers: dict[str, list[int]] = {}  # by subject, where they were chosen
 
@@ -56,6 +57,8 @@ class JobRun:
             if job.self_tokens < batch:
                 raise InputError("--self-tokens", job.self_tokens, f"at least one batch, {batch} tokens")
             batch = 0
+            if job.own_share is not None:
+                batch = max(step_tokens(one.finetune) for one in self.subjects if one.finetune is not None)
         needed = job.held_out + batch
         if tokens.numel() < needed:
             what = f"{job.windows} held-out windows of {job.window}" + (f" and one batch of {batch}" if batch else "")
@@ -66,15 +69,22 @@ class JobRun:
             raise InputError("text", f"{tokens.numel()} tokens", "text before the held-out end, to compare layers on")
 
     def write(self) -> None:
-        """With `--text self`: have the model write what it is taught with."""
+        """With `--text self`: have the model write what it is taught with, or with `--own-share` a part of it."""
         from subquad.models.self_text import self_text
 
         if SELF in self.job.text and any(one.stages for one in self.subjects):
             self._say(f"sampling {self.job.self_tokens:,} tokens from the model")
             length = max(stage.get("length", LENGTH) for one in self.subjects for stage in one.stages)
-            self.train = self_text(
-                self.model, self.job.self_tokens, length=length, seed=self.job.seed, progress=self.progress
-            )  # fmt: skip
+            made = self_text(self.model, self.job.self_tokens, length=length, seed=self.job.seed, progress=self.progress)
+            if self.job.own_share is None:
+                self.train = made
+            else:
+                self.own = made
+
+    @property
+    def every(self) -> Tensor:
+        """All tokens there are to teach with."""
+        return self.train if self.own is None else torch.cat([self.own, self.train])
 
     def swap(self, choice: Choice, layers: Any) -> None:
         from subquad.convert.swap import swap
@@ -226,7 +236,7 @@ class JobRun:
         assert one.transfer is not None
         self._say(f"distilling {one.label}, {one.transfer['steps']} steps of {_size(one.transfer)} tokens")
         where = self.teaching if one.grouped else None
-        result = distill(self.model, self.model, self.train, **one.transfer, device=where, **self._common(one.folder))
+        result = distill(self.model, self.model, self.every, **one.transfer, device=where, **self._common(one.folder))
         if kept is not None:
             return kept
         self._say(f"measuring {one.label} after distillation")
@@ -235,14 +245,15 @@ class JobRun:
         self._judge(row)
         return row
 
-    def _tuned(self, one: Subject, before: Row, kept: Row | None) -> Row:
-        """Tune the model as it stands with low-rank adapters, merge them, and measure it."""
+    def _tuned(self, one: Subject, before: Row, kept: Row | None, alike: Tensor | None = None) -> Row:
+        """Tune the model as it stands with low-rank adapters, merge them, and measure it. All of `alike`, if given, teaches in one way."""
         from subquad.convert.finetune import finetune
         from subquad.convert.lora import merge_lora
 
         assert one.finetune is not None
         self._say(f"fine-tuning {before.mechanism}, {one.finetune['steps']} steps of {_size(one.finetune)} tokens")
-        result = finetune(self.model, self.train, **one.finetune, **self._common(f"{one.folder}-finetune"))
+        data, own = (self.train, self.own) if alike is None else (alike, None)
+        result = finetune(self.model, data, **one.finetune, own=own, **self._common(f"{one.folder}-finetune"))
         merge_lora(self.model)
         self._say(f"measuring {before.mechanism} after fine-tuning")
         row = replace(before, tuned_steps=result.steps, tune_losses=result.losses, tune_seconds=result.seconds)
@@ -251,13 +262,14 @@ class JobRun:
         return row
 
     def _original_tuned(self) -> Row:
-        """The model with its own attention, tuned as the first subject that is tuned at all: what the text alone gains."""
+        """The model with its own attention, tuned as the first subject that is tuned at all, but on the next token of all text: what the
+        text alone gains."""
         like = next(one for one in self.subjects if one.finetune is not None)
         assert like.finetune is not None
-        own = {key: value for key, value in like.finetune.items() if key not in ("loss", "kl_weight", "train_mechanism")}
+        own = {key: value for key, value in like.finetune.items() if key not in ("loss", "kl_weight", "own_share", "train_mechanism")}
         one = replace(like, finetune=own, recipe="original")
         with self._weights_kept(one):
-            return self._tuned(one, self.done[0], None)
+            return self._tuned(one, self.done[0], None, self.every)
 
     def _common(self, name: str) -> dict[str, Any]:
         out = self.folder.checkpoints(name)

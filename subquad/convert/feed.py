@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,17 +17,23 @@ from subquad.models.text import Batches
 class Feed:
     """Whatever the data are, one batch a step: a dict of the model's arguments. `settings` tell one feed from another.
 
-    Token ids that `model` has no embedding for are refused.
+    Token ids that `model` has no embedding for are refused. With `own`, token ids of another text, that text has `own_share` of
+    the sequences, the first ones of each batch; `data` must then be token ids.
     """
 
-    def __init__(self, data: Any, steps: int, batch: int, length: int, seed: int, model: nn.Module) -> None:
+    def __init__(
+        self, data: Any, steps: int, batch: int, length: int, seed: int, model: nn.Module, own: Any = None, own_share: float = 1.0
+    ) -> None:  # fmt: skip
         self.vocabulary = vocabulary(model)
-        if isinstance(data, list | tuple) and data and all(isinstance(x, int) for x in data):
-            data = torch.tensor(data)
+        data = _as_ids(data)
         if isinstance(data, Tensor):
             if data.dim() != 1:
                 raise InputError("data", shape_of(data), "token ids [T], or an iterable of batches")
             data = Batches(self._ids(data), length, steps, seed, batch=batch)
+        if own is not None:
+            if not isinstance(data, Batches):
+                raise InputError("data", type(data).__name__, "token ids [T], as own is given")
+            data = Mixed(data, self._own(own, length), own_share)
         if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
             raise InputError("data", type(data).__name__, "token ids [T], or an iterable of batches")
         self.data = data
@@ -39,10 +46,23 @@ class Feed:
         """Tokens of every sequence; None where the batches are the caller's own."""
         return self.data.length if isinstance(self.data, Batches) else None
 
+    def own_rows(self, step: int) -> int:
+        """How many of the first sequences of a batch are of `own`."""
+        return self.data.own_rows(step) if isinstance(self.data, Mixed) else 0
+
+    def _own(self, own: Any, length: int) -> Tensor:
+        own = _as_ids(own)
+        if not isinstance(own, Tensor) or own.dim() != 1 or own.is_floating_point():
+            raise InputError("own", shape_of(own) if isinstance(own, Tensor) else type(own).__name__, "token ids [T]")
+        if own.numel() < length:
+            raise InputError("own", f"{own.numel()} tokens", f"at least one sequence, {length} tokens")
+        return self._ids(own, "own")
+
     def _settings(self) -> dict[str, Any]:
         data = self.data
         if isinstance(data, Batches):
-            return {"data": digest_of(data.tokens), "length": data.length, "batch": data.batch}
+            also = {"own": digest_of(data.own.tokens), "own_share": data.share} if isinstance(data, Mixed) else {}
+            return {"data": digest_of(data.tokens), "length": data.length, "batch": data.batch, **also}
         if isinstance(data, Sequence):
             if not len(data):
                 raise InputError("data", "no batch", "at least one")
@@ -67,12 +87,12 @@ class Feed:
             raise InputError("data", f"a batch with attention_mask {shape_of(mask)}", f"{list(ids.shape)}, as its input_ids")
         return {**batch, "input_ids": self._ids(ids)}
 
-    def _ids(self, ids: Tensor) -> Tensor:
+    def _ids(self, ids: Tensor, name: str = "data") -> Tensor:
         """Token ids, checked where that does not wait for a device."""
         if ids.is_floating_point():
             return ids
         if self.vocabulary is not None and ids.device.type == "cpu":
-            check_ids("data", ids, self.vocabulary)
+            check_ids(name, ids, self.vocabulary)
         return ids.long()
 
     def _next(self, step: int) -> Any:
@@ -87,6 +107,44 @@ class Feed:
             self.taken += 1
             if self.taken == step + 1:
                 return item
+
+
+class Mixed(Batches):
+    """Batches ``[batch, length]`` whose first rows are of another text, the rest of the first, each a function of (seed, step) alone.
+
+    The rows of `own` after any number of batches are `share` of all, rounded down: batches may differ by one.
+
+    Args:
+        data: the first text, cut.
+        own: token ids ``[T]`` of the other, cut in the same way and taken in an order of its own.
+        share: above 0, at most 1.
+    """
+
+    def __init__(self, data: Batches, own: Tensor, share: float) -> None:
+        super().__init__(data.tokens, data.length, data.steps, data.seed, batch=data.batch)
+        self.own, self.share = Batches(own, data.length, data.steps, data.seed, batch=data.batch), share
+
+    def own_rows(self, step: int) -> int:
+        return self._before(step + 1) - self._before(step)
+
+    def __getitem__(self, step: int) -> Tensor:  # type: ignore[override]
+        if not 0 <= step < self.steps:
+            raise IndexError(step)
+        before, after = self._before(step), self._before(step + 1)
+        rows = [self.own._piece(index) for index in range(before, after)]
+        rows += [self._piece(index) for index in range(step * self.batch - before, (step + 1) * self.batch - after)]
+        return torch.stack(rows)
+
+    def _before(self, step: int) -> int:
+        """Rows of `own` in all batches before a step's."""
+        return math.floor(step * self.batch * self.share + 1e-9)
+
+
+def _as_ids(data: Any) -> Any:
+    """A list of integers as a tensor; anything else as it is."""
+    if isinstance(data, list | tuple) and data and all(isinstance(x, int) for x in data):
+        return torch.tensor(data)
+    return data
 
 
 def vocabulary(model: Any) -> int | None:

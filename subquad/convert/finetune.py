@@ -3,6 +3,8 @@
     next-token   mean over t of − log p(x_{t+1} | x_≤t)
     kl           mean over t of Σ_v p_T(v | x_≤t) log( p_T(v | x_≤t) / p(v | x_≤t) ),   p_T of the teacher, temperature 1
 
+Text of the teacher's own writing may stand beside the data: it teaches by kl, the data as they are asked to.
+
 Only adapters (and, if asked, the mechanisms' parameters) learn. The mean is over all tokens of a step, however they are cut
 into batches, accumulated and spread over devices; padding is neither seen nor predicted.
 
@@ -30,7 +32,7 @@ from subquad.convert.gradient_checkpointing import checkpointed, recomputing
 from subquad.convert.graphs import Graphed, plain
 from subquad.convert.lora import TARGETS, add_lora, drop_lora, projections, without_lora
 from subquad.convert.loss import divergence, labels_of, next_token_loss
-from subquad.convert.run import Bar, Run, check_counts, check_rate, seeded
+from subquad.convert.run import Bar, Run, check_counts, check_rate, check_share, seeded
 from subquad.convert.swap import swapped
 from subquad.convert.transfer import moved, originals
 from subquad.models.fingerprint import fingerprint
@@ -76,6 +78,8 @@ def finetune(
     loss: str = "next-token",
     teacher: Any = None,
     kl_weight: float = 1.0,
+    own: Tensor | None = None,
+    own_share: float = 0.6,
     schedule: str = "cosine",
     warmup: float = 0.1,
     max_grad_norm: float = 1.0,
@@ -106,7 +110,10 @@ def finetune(
         targets: names of the linear layers that get adapters, of rank `rank`, scaled by alpha / rank.
         train_mechanism: whether parameters that the swap put in learn too.
         loss: "next-token", or "kl" for `kl_weight` of the divergence from the teacher and 1 − `kl_weight` of next-token.
-        teacher: for "kl"; by default the model itself with its original attention and without adapters.
+        teacher: for "kl" and `own`; by default the model itself with its original attention and without adapters.
+        own: token ids ``[T]`` that the teacher wrote, as `self_text` samples them. `own_share` of the sequences, above 0 and at most 1, are
+            cut from them and learn the teacher's distribution ("kl" of weight 1); the others are of `data`, which must be token ids
+            then, and learn as `loss` says.
         max_grad_norm: gradients are scaled down to this norm.
         precision: "bfloat16" computes under autocast.
         out: folder for checkpoints, in ``out/checkpoint``. The same call, made again after the process died, goes on from the
@@ -116,8 +123,8 @@ def finetune(
         take_finished: if `out` holds the finished run of this call, take its weights instead of refusing.
 
     Raises:
-        InputError: a target the model lacks, a loss that is not finite (the last checkpoint stays), or an `out` that is not an
-            unfinished run of the same call.
+        InputError: a target the model lacks, `own` beside data that are not token ids, a loss that is not finite (the last checkpoint
+            stays), or an `out` that is not an unfinished run of the same call.
     """
     check_counts(steps=steps, batch=batch, accumulate=accumulate, length=length, rank=rank, save_every=save_every)
     for name, value in {"lr": lr, "alpha": alpha, "max_grad_norm": max_grad_norm}.items():
@@ -125,12 +132,13 @@ def finetune(
     for name, value, most in (("kl_weight", kl_weight, 1), ("warmup", warmup, 1)):
         if not isinstance(value, int | float) or not 0 <= value <= most:
             raise InputError(name, value, f"a number from 0 to {most}")
+    check_share("own_share", own_share)
     for name, word, known in (("loss", loss, LOSSES), ("schedule", schedule, SCHEDULES), ("precision", precision, PRECISIONS)):
         if word not in known:
             raise nearest(name, word, known, name)
     paths = projections(model, targets)
     with _engine(model, precision) as engine:
-        feed = Feed(data, steps * accumulate * engine.world, batch, length, seed, model)
+        feed = Feed(data, steps * accumulate * engine.world, batch, length, seed, model, own, own_share)
         settings = {
             "model": fingerprint(model, lambda name: train_mechanism and ".mechanism." in name), "layers": described(swapped(model)),
             "targets": list(targets), "rank": rank, "alpha": alpha, "train_mechanism": train_mechanism, "loss": loss, "steps": steps,
@@ -138,7 +146,9 @@ def finetune(
             "accumulate": accumulate * engine.world, **feed.settings,
         }  # fmt: skip
         if loss == "kl":
-            settings |= {"kl_weight": kl_weight, "teacher": fingerprint(model if teacher is None else teacher)}
+            settings["kl_weight"] = kl_weight
+        if loss == "kl" or own is not None:
+            settings["teacher"] = fingerprint(model if teacher is None else teacher)
         keeper = None if out is None else Checkpoints(out, settings, steps, take_finished=take_finished)
         with (
             _evaluating(model if teacher is None else teacher),
@@ -150,7 +160,8 @@ def finetune(
             while run.step < steps:
                 with seeded(seed, run.step):
                     first = (run.step * engine.world + engine.rank) * accumulate
-                    engine.advance(run, judge, [feed[first + i] for i in range(accumulate)], max_grad_norm)
+                    batches = [(feed[i], feed.own_rows(i)) for i in range(first, first + accumulate)]
+                    engine.advance(run, judge, batches, max_grad_norm)
                 bar.advance(run)
                 if keeper is not None and (run.step % save_every == 0 or run.step == steps):
                     engine.save(run)
@@ -209,21 +220,29 @@ def _learning(model: nn.Module, paths: Sequence[str], rank: int, alpha: float, m
 
 
 class _Judge:
-    """The summed loss of a batch, of `weight` KL and 1 − `weight` next-token."""
+    """The summed loss of a batch: of `weight` KL and 1 − `weight` next-token, and of KL alone on its first rows, if so many are `own`."""
 
     def __init__(self, model: Any, teacher: Any, weight: float) -> None:
         self.model, self.teacher, self.weight = model, model if teacher is None else teacher, weight
         self.layers = checkpointed(model)
 
-    def __call__(self, forward: Any, batch: dict[str, Any]) -> Tensor:
-        """Calls `forward`, which is the model, perhaps wrapped."""
-        target = self._target(batch) if self.weight else None
+    def __call__(self, forward: Any, batch: dict[str, Any], own: int = 0) -> Tensor:
+        """Calls `forward`, which is the model, perhaps wrapped. With `own`, a batch is token ids and nothing else."""
+        target = self._target(batch if self.weight else {"input_ids": batch["input_ids"][:own]}) if self.weight or own else None
         with recomputing(self.layers):
             logits = forward(**{key: x for key, x in batch.items() if key != "labels"}, use_cache=False).logits
         labels = labels_of(batch)
-        if target is not None and target.shape != logits.shape:
+        if target is not None and target.shape[1:] != logits.shape[1:]:
             was = f"{type(self.teacher).__name__} with a vocabulary of {target.shape[-1]}"
             raise InputError("teacher", was, f"that of the model, {logits.shape[-1]}")
+        if not own:
+            return self._loss(logits, labels, target)
+        assert target is not None
+        mine, rest = logits.split([own, len(logits) - own])  # whose gradients are joined by one copy
+        away = divergence(mine, labels[:own], target[:own])
+        return away if own == len(logits) else away + self._loss(rest, labels[own:], target[own:] if self.weight else None)
+
+    def _loss(self, logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
         away = logits.new_zeros(()) if target is None else self.weight * divergence(logits, labels, target)
         return away if self.weight == 1 else away + (1 - self.weight) * next_token_loss(logits, labels)
 
@@ -262,7 +281,7 @@ class _Engine:
         self.model = self.wrapped = model
         # neither DDP's buckets nor autocast's copies belong in a graph, and checkpointing reads the state of the device's generator
         self.graphs = self.world == 1 and precision != "bfloat16" and not checkpointed(model)
-        self.learn: Graphed | None = None
+        self.learn: dict[int, Graphed] = {}  # by the number of own rows, which is cut into a graph
 
     def begin(
         self, live: dict[str, Any], steps: int, lr: float, share: Callable[[int], float], keeper: Checkpoints | None
@@ -276,21 +295,22 @@ class _Engine:
             self.wrapped = self.accelerator.prepare_model(self.model, device_placement=False)
         return run
 
-    def advance(self, run: Run, judge: _Judge, batches: list[dict[str, Any]], max_grad_norm: float) -> None:
-        """One step from all of `batches`."""
-        counts = torch.tensor([_counts(batch) for batch in batches]).sum(0)  # before they are moved: to count there is to wait
+    def advance(self, run: Run, judge: _Judge, batches: list[tuple[dict[str, Any], int]], max_grad_norm: float) -> None:
+        """One step from all of `batches`, each with the number of its first rows that are own text."""
+        counts = torch.tensor([_counts(batch) for batch, _ in batches]).sum(0)  # before they are moved: to count there is to wait
         targets, tokens = (self._sum(counts.to(self.device)) if self.world > 1 else counts).tolist()
         if not targets:
             raise InputError("data", "a step without a token to predict", "batches of two tokens or more that are not padding")
-        if self.learn is None:
-            self.learn = Graphed(partial(self._learn, judge), run.live.values(), able=self.graphs)
-        batches = [moved(batch, self.device) for batch in batches]  # at once: each copy waits for what the device has been asked for
+        # at once: each copy waits for what the device has been asked for
+        batches = [(moved(batch, self.device), own) for batch, own in batches]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         by = torch.full((), float(targets), device=self.device)
-        for index, batch in enumerate(batches):
+        for index, (batch, own) in enumerate(batches):
+            if own not in self.learn:
+                self.learn[own] = Graphed(partial(self._learn, judge, own), run.live.values(), able=self.graphs)
             apart = index < len(batches) - 1
             with self.accelerator.no_sync(self.wrapped) if apart else contextlib.nullcontext():
-                total += self.learn(batch, by)
+                total += self.learn[own](batch, by)
         mean = float(self._sum(total))
         run.collect()
         norm = float(self.accelerator.clip_grad_norm_(run.parameters.values(), max_grad_norm)) if math.isfinite(mean) else math.nan
@@ -299,10 +319,10 @@ class _Engine:
             raise InputError("lr", run.lr, f"a smaller one: the {what} is not finite at step {run.step + 1}")
         run.update([mean], tokens)
 
-    def _learn(self, judge: _Judge, batch: dict[str, Any], targets: Tensor) -> Tensor:
+    def _learn(self, judge: _Judge, own: int, batch: dict[str, Any], targets: Tensor) -> Tensor:
         """A batch's part of the mean loss over so many targets, with its gradients."""
         with self.accelerator.autocast():
-            loss = judge(self.wrapped, batch) / targets
+            loss = judge(self.wrapped, batch, own) / targets
             self.accelerator.backward(loss * self.world)  # gradients are averaged over processes
         return loss.detach()
 

@@ -69,15 +69,41 @@ def labels_of(batch: dict[str, Any]) -> Tensor:
 
 
 def divergence(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
-    """Of the student from the teacher, summed over the places where `labels` is not -100.
+    """Of the student from the teacher, summed over the places where `labels` is not -100, in float32 or float64.
+
+    What stands at other places, numbers or not, counts nothing. Of 16-bit logits there is never a float32 copy; `target` gets no gradient.
 
     Args:
         logits: ``[B, N, V]``.
         labels: ``[B, N − 1]``, what all places but the last predict.
         target: the teacher's logits ``[B, N, V]``.
     """
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    there = labels != NOTHING
-    target = target[:, :-1].to(wide).where(there[..., None], 0.0).log_softmax(-1)  # a number where no place is seen, whose gradient is 0
-    away = F.kl_div(logits[:, :-1].to(wide).log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
-    return away.where(there, 0.0).sum()
+    there = F.pad(labels, (0, 1), value=NOTHING).flatten() != NOTHING
+    total: Tensor = _Divergence.apply(logits.flatten(0, -2), target.flatten(0, -2), there)
+    return total
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, there: Tensor) -> Tensor:  # type: ignore[override]
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        sums = torch.empty(2, logits.shape[0], dtype=wide, device=logits.device)  # log Σ exp of both
+        away = torch.empty(logits.shape[0], dtype=wide, device=logits.device)
+        for some, other, one, two, into in zip(*(x.split(ROWS) for x in (logits, target, *sums, away))):
+            some, other = some.to(wide), other.to(wide)
+            one.copy_(some.logsumexp(-1))
+            two.copy_(other.logsumexp(-1))
+            apart = other - two[:, None]
+            into.copy_((apart.exp() * (apart - (some - one[:, None]))).sum(-1))
+        ctx.save_for_backward(logits, target, sums, there)
+        return away.where(there, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        logits, target, sums, there = ctx.saved_tensors
+        made = torch.empty_like(logits)
+        for some, other, one, two, seen, into in zip(*(x.split(ROWS) for x in (logits, target, *sums[..., None], there[:, None], made))):
+            share = (some.to(sums.dtype) - one).exp_().sub_((other.to(sums.dtype) - two).exp_())
+            into.copy_(share.mul_(grad).masked_fill_(~seen, 0.0))  # a weight of 0 would leave what is no number
+        return made, None, None

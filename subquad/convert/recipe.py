@@ -19,6 +19,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from subquad import contract
 from subquad.checks import InputError, nearest
 from subquad.convert.distill import DistillResult, check_groups, check_objective, distill, learning
@@ -33,12 +35,12 @@ WORDS = ("title", "paper", "summary", "cost")
 STAGES: dict[str, tuple[str, ...]] = {
     "transfer": ("steps", "lr", "batch", "length", "objective", "group"),
     "finetune": (
-        "steps", "lr", "batch", "accumulate", "length", "targets", "rank", "alpha", "train_mechanism", "loss", "kl_weight", "schedule",
-        "warmup", "max_grad_norm",
+        "steps", "lr", "batch", "accumulate", "length", "targets", "rank", "alpha", "train_mechanism", "loss", "kl_weight", "own_share",
+        "schedule", "warmup", "max_grad_norm",
     ),
 }  # fmt: skip
 _WORDS = {"loss": LOSSES, "schedule": SCHEDULES}
-_SHARES = ("kl_weight", "warmup")
+_SHARES = ("kl_weight", "own_share", "warmup")
 _COMPARED = 4  # batches that layers are compared on
 _CALLS: dict[str, Callable[..., Any]] = {"transfer": distill, "finetune": finetune}
 
@@ -197,6 +199,8 @@ def _stage(file: str, name: str, given: Any) -> dict[str, Any]:
 
 def _range(key: str, kind: Any, value: float) -> tuple[bool, str]:
     """Whether a stage takes a number, which shows before any stage has run; and what it takes."""
+    if key == "own_share":
+        return 0 < value <= 1, "a number above 0 and at most 1"
     if key in _SHARES:
         return 0 <= value <= 1, "a number from 0 to 1"
     if kind is int:
@@ -245,6 +249,7 @@ def linearize(
     batch: int | None = None,
     length: int | None = None,
     group: int | None = None,
+    own: Tensor | None = None,
     out: str | Path | None = None,
     save_every: int = 25,
     seed: int = 0,
@@ -264,6 +269,7 @@ def linearize(
         batch, length: of the sequences at a time, instead of the recipe's; fine-tuning accumulates batches until a step has read as
             many sequences as the recipe's.
         group: layers on the device at a time in the transfer, as `distill` takes it; `out` is needed then.
+        own: token ids ``[T]`` that the model wrote, which fine-tuning takes beside `data` as `finetune` does; the transfer reads `data`.
         out: folder for checkpoints, a folder in it for each stage. The same call on the same model, made again after the
             process died, goes on; made after the end, it gives the converted model again.
         seed: of new parameters, adapters and data.
@@ -282,6 +288,8 @@ def linearize(
         raise InputError("model", type(model).__name__, "a causal decoder")
     if chosen.finetune is not None:
         projections(model, chosen.finetune.get("targets", TARGETS))  # before the first stage takes its time
+    if own is not None:
+        _check_own(model, data, own, chosen, seed)
     keep = auto_keep(layers)
     if keep is not None:
         _check_measurable(model, data, chosen, keep, out, seed)
@@ -296,7 +304,7 @@ def linearize(
         for name, stage in chosen.stages.items():
             place = None if out is None else Path(out) / name
             if name == "finetune":
-                result.finetune = finetune(model, data, **stage, out=place, **common)
+                result.finetune = finetune(model, data, **stage, own=own, out=place, **common)
                 merge_lora(model)
             elif learning(model):
                 result.transfer = distill(model, model, data, **stage, out=place, **common)
@@ -313,6 +321,14 @@ def grouped(chosen: Recipe, group: int) -> Recipe:
     if chosen.transfer is None:
         raise InputError("group", group, "a recipe and steps with something to transfer, as nothing is here")
     return chosen.changed({"transfer": {"group": group}})
+
+
+def _check_own(model: Any, data: Any, own: Any, chosen: Recipe, seed: int) -> None:
+    """Refuse what the fine-tuning would refuse of the model's own text."""
+    if chosen.finetune is None:
+        raise InputError("own", "given", "a recipe and steps with fine-tuning, as nothing is tuned here")
+    given = {**_defaults("finetune"), **chosen.finetune}
+    Feed(data, given["steps"], given["batch"], given["length"], seed, model, own, given["own_share"])
 
 
 def _check_measurable(model: Any, data: Any, chosen: Recipe, keep: int, out: str | Path | None, seed: int) -> None:

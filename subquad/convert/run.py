@@ -31,6 +31,11 @@ def check_rate(name: str, value: float) -> None:
         raise InputError(name, value, "a positive number")
 
 
+def check_share(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise InputError(name, value, "a number above 0 and at most 1")
+
+
 @contextlib.contextmanager
 def seeded(seed: int, step: int) -> Iterator[None]:
     """Randomness that depends on the step alone, so that a resumed run draws what an unbroken one draws."""

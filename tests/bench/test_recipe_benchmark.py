@@ -256,6 +256,59 @@ def test_passkeys_are_looked_for_stretched_too(parts, tokenizer, tmp_path, monke
     assert factors[0] == factors[1] == factors[2] and ratios == pytest.approx([2 ** (2 / 3), 4.0], rel=1e-5)
 
 
+def test_a_share_of_its_own_text_is_asked_of_all_that_are_converted(parts, main):
+    plain = {"self_tokens": 300, "text": ("book",), "recall_tokens": 0, "model": "m", "dtype": "d", **PLAN}
+    plans = [main.plan_of(Namespace(**plain, own_share=share), torch.arange(9)) for share in (None, 0.625)]
+    assert plans[1] == plans[0] | {"own": 300, "own_share": 0.625} and plans[0].keys() == {"model", "dtype", "text", *PLAN}
+    for name in ("original", *recipes()):
+        without, asked = (parts._tables.stages_of(name, plan)["finetune"] for plan in plans)
+        assert "own_share" not in without  # the recipe's share is of text that is not there, and keys of runs stay
+        assert asked == without | ({} if name == "original" else {"own_share": 0.625})
+    given = {
+        "passkey_loss": "all",
+        "passkey_lengths": (64,),
+        "passkey_prompts": 1,
+        "distances": (16,),
+        "passkey_for": ("lolcats-sinks",),
+        "passkey_shortest": None,
+    }
+    first, second = (main.passkey_tasks(Namespace(**given, seeds_for=()), plan) for plan in plans)
+    assert [main.key_of(task) for task in first] == [main.key_of(task) for task in second]
+
+
+def test_tables_name_the_share_of_its_own_text(parts):
+    text = {"text": "book + 1000 of its own (0123456789ab)"}
+    shared = PLAN | text | {"own": 1000, "own_share": 0.625}
+    some = [run(f"recipe {i}", plan=PLAN | text, start=4.0, finetune=3.0) for i in range(2)]
+    more = [run(f"shared {i}", plan=shared, start=4.0, finetune=3.0) for i in range(3)]
+    title, named = "Linearization recipes, perplexity, 6 M tokens each", "own text by distribution, share 0.625"
+    for runs, expected, settings in (
+        ([*some, more[0]], title, named),
+        ([*more, some[0]], f"{title}, {named}", "own text as the other"),
+    ):
+        made = parts._tables.recipe_tables(runs)
+        assert made[0]["title"] == expected and len(made[0]["rows"]) == len(runs) - 1
+        assert [row[2] for row in made[2]["rows"]] == [settings]
+
+
+def test_a_worker_tunes_on_its_own_text_by_distribution(parts, tokenizer, tmp_path):
+    worker = parts._worker
+    bench = worker.Bench.__new__(worker.Bench)
+    bench.model, bench.tokenizer, bench.device, bench.cuda, bench.files = make_llama(), tokenizer, "cpu", False, {}
+    tokens = torch.randint(257, (2048,), generator=torch.Generator().manual_seed(0))
+    torch.save({"train": tokens[:1500], "book": tokens[1500:], "other": tokens[:0]}, tmp_path / "tokens.pt")
+    plan = PLAN | {"tokens": 1024, "length": 64, "batch": 2, "micro": 2, "own": 400, "own_share": 0.5}
+    task = {"data": str(tmp_path / "tokens.pt"), "recipe": "lolcats", "mechanism": "lolcats", "options": {"window": 8}, "layers": "all"}
+    task |= {"stages": parts._tables.stages_of("lolcats", plan), "plan": plan, "seed": 3}
+    record = worker.recipe(bench, task | {"measured": {"length": 64, "windows": 2, "prompts": 0, "distances": []}}, lambda one: None)
+    model = worker.placed(make_llama(), task)
+    transfer, tune = task["stages"].values()
+    first = subquad.distill(model, model, tokens[:1500], **transfer, seed=3, progress=False)
+    assert first.losses == pytest.approx(record["stages"]["transfer"]["losses"], abs=1e-5)
+    second = subquad.finetune(model, tokens[:1100], **tune, own=tokens[1100:1500], seed=3, progress=False)
+    assert second.losses == pytest.approx(record["stages"]["finetune"]["losses"], abs=1e-5) and tune["own_share"] == 0.5
+
+
 def test_prompts_are_in_half_of_the_sequences(parts, tokenizer):
     tokens = torch.full((2000,), 7)
     shape = {"tokenizer": tokenizer, "tokens": tokens, "count": 3, "batch": 4, "length": 700, "seed": 1}

@@ -16,6 +16,7 @@ from subquad.bench.job import Job, run_job
 from subquad.bench.job_rows import ORIGINAL, JobRun
 from subquad.bench.report import COLUMNS
 from subquad.bench.subjects import subjects
+from subquad.convert.distill import distill
 from subquad.convert.finetune import finetune
 from subquad.convert.recipe import recipes
 from subquad.convert.swap import swap
@@ -253,7 +254,7 @@ def test_every_recipe_is_taught_with_the_same_number_of_tokens(job, tmp_path, mo
         return teach(self, batch)
 
     def tunes(self, run, judge, batches, norm):
-        read.append(("finetune", sum(batch["input_ids"].numel() for batch in batches)))
+        read.append(("finetune", sum(batch["input_ids"].numel() for batch, _ in batches)))
         return advance(self, run, judge, batches, norm)
 
     monkeypatch.setattr(_Teacher, "__call__", transfers)
@@ -306,6 +307,12 @@ def test_layers_that_cost_most_are_kept(job, tmp_path):
         ({"recipes": ("lolcat",)}, "recipe: got 'lolcat'.*nearest: lolcats"),
         ({"recipes": ("lolcats", "lolcats")}, "--recipe: got lolcats, lolcats; expected each recipe once"),
         ({"recipes": (), "finetune": None}, "--tune-original: got nothing else"),
+        ({"own_share": 0.5}, "--own-share: got 0.5; expected text that the model writes itself beside the other: --text self"),
+        ({"own_share": 0.0, "text": ("self",)}, "--own-share: got 0.0; expected a number above 0 and at most 1"),
+        (
+            {"own_share": 0.5, "text": ("self",), "finetune": 0, "tune_original": False},
+            "--own-share: got 0.5; expected something that is tuned",
+        ),
         ({"text": ("self",), "self_tokens": 16}, "--self-tokens: got 16; expected at least one batch, 32 tokens"),
     ],
 )
@@ -411,6 +418,33 @@ def test_a_job_teaches_with_what_the_model_wrote(job, tmp_path, monkeypatch):
     finetune(model, taught, steps=2, lr=1e-2, accumulate=2, length=32, targets=["q_proj", "v_proj"], progress=False)
     assert report.rows[1].nll == pytest.approx(held_out(model, job), abs=1e-5)  # on the text of the file
     assert "256 tokens that the model wrote itself" in report.about["text"] and math.isfinite(report.rows[-1].ppl)
+
+
+def test_a_job_teaches_with_both_texts(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path / "cache"))
+    own = replace(job, text=("self", *job.text), self_tokens=256, own_share=0.5, to=(), steps=2, layers="1:1")
+    report = run_job(own, tmp_path / "out")
+    whole, tokenizer = load_model(job.model)
+    made = self_text(whole, 256, length=32, cache=tmp_path / "cache", progress=False)
+    train, _ = split(encode(load_text(job.text), tokenizer), 192)
+    options = {"steps": 2, "lr": 1e-2, "accumulate": 2, "length": 32, "targets": ["q_proj", "v_proj"], "progress": False}
+    torch.manual_seed(0)
+    model = swap(load_model(job.model)[0], "lolcats", window=8, layers=[0, 2])
+    distill(model, model, torch.cat([made, train]), steps=2, lr=1e-2, length=32, progress=False)
+    assert report.rows[3].nll == pytest.approx(held_out(model, job), abs=1e-5)
+    finetune(model, train, own=made, own_share=0.5, **options)
+    assert report.rows[4].nll == pytest.approx(held_out(model, job), abs=1e-5)
+    finetune(whole, torch.cat([made, train]), **options)
+    assert report.rows[1].nll == pytest.approx(held_out(whole, job), abs=1e-5)
+    assert "taught with the text before the held-out end and 256 tokens that the model wrote itself;" in report.about["text"]
+    (note,) = (note for note in report.notes if note.startswith("Fine-tuning"))
+    assert "; 0.5 of the sequences are its own and teach by its distribution, the others by the next token" in note
+
+
+def test_a_recipes_share_stands_alone_with_the_flag(job):
+    for share, expected in ((None, {}), (0.25, {"own_share": 0.25})):
+        (one,) = subjects(replace(job, to=(), recipes=("lolcats-sinks",), own_share=share))
+        assert {key: value for key, value in one.finetune.items() if key == "own_share"} == expected
 
 
 def test_misuse_of_self_text_is_one_line(llama, tmp_path):

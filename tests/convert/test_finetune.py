@@ -129,11 +129,12 @@ def test_accumulated_batches_weigh_by_their_tokens(model, tokens):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one():
+@pytest.mark.parametrize("kind", ["kl", "own"])
+def test_two_processes_are_one(kind):
     script, env = Path(__file__).parent / "spread_run.py", {**os.environ, "OMP_NUM_THREADS": "1"}
     lines = []
     for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
-        done = subprocess.run([sys.executable, *launch, script], capture_output=True, text=True, timeout=240, env=env)
+        done = subprocess.run([sys.executable, *launch, script, kind], capture_output=True, text=True, timeout=240, env=env)
         assert done.returncode == 0, done.stderr
         lines += [[float(x) for x in line.split()] for line in done.stdout.strip().splitlines()]
     alone, first, second = lines

@@ -74,7 +74,7 @@ def test_the_baseline_is_tuned_as_lolcats():
 def test_lolcats_with_sinks_is_lolcats_on_top_of_the_baseline():
     one, paper = recipe("lolcats-sinks"), recipe("lolcats")
     assert one.mechanism == paper.mechanism and one.transfer == paper.transfer
-    assert one.finetune == {**paper.finetune, "train_mechanism": True}
+    assert one.finetune == {**paper.finetune, "train_mechanism": True, "own_share": 0.625}
     assert one.options == {**recipe("sliding-window").options, "far_rotary": False}
     assert paper.options == {"window": one.options["window"]}
 
@@ -232,6 +232,7 @@ def test_damaged_files_are_named(tmp_path):
         ("accumulate = 2", "accumulate = 0", "finetune.accumulate = 0; expected an integer of at least 1"),
         ("accumulate = 2", "rank = -8", "finetune.rank = -8; expected an integer of at least 1"),
         ("accumulate = 2", "warmup = 1.5", "finetune.warmup = 1.5; expected a number from 0 to 1"),
+        ("accumulate = 2", "own_share = 0", "finetune.own_share = 0; expected a number above 0 and at most 1"),
         ("accumulate = 2", "alpha = nan", "finetune.alpha = nan; expected a positive number"),
         ("steps = 30", "steps = -1", "transfer.steps = -1; expected an integer of at least 0"),
         ("lr = 1e-2", "lr = -1", "transfer.lr = -1; expected a positive number"),

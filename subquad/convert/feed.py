@@ -18,7 +18,7 @@ class Feed:
     """Whatever the data are, one batch a step: a dict of the model's arguments. `settings` tell one feed from another.
 
     Token ids that `model` has no embedding for are refused. With `own`, token ids of another text, that text has `own_share` of
-    the sequences, the first ones of each batch; `data` must then be token ids.
+    the sequences, the first ones of each batch; `data` must then be token ids, not cut by the caller.
     """
 
     def __init__(
@@ -26,14 +26,13 @@ class Feed:
     ) -> None:  # fmt: skip
         self.vocabulary = vocabulary(model)
         data = _as_ids(data)
+        if own is not None and not isinstance(data, Tensor):  # batches of the caller's begin again where they end, and the share would not
+            raise InputError("data", type(data).__name__, "token ids [T], as own is given")
         if isinstance(data, Tensor):
             if data.dim() != 1:
                 raise InputError("data", shape_of(data), "token ids [T], or an iterable of batches")
             data = Batches(self._ids(data), length, steps, seed, batch=batch)
-        if own is not None:
-            if not isinstance(data, Batches):
-                raise InputError("data", type(data).__name__, "token ids [T], as own is given")
-            data = Mixed(data, self._own(own, length), own_share)
+            data = data if own is None else Mixed(data, self._own(own, length), own_share)
         if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
             raise InputError("data", type(data).__name__, "token ids [T], or an iterable of batches")
         self.data = data
@@ -122,6 +121,7 @@ class Mixed(Batches):
 
     def __init__(self, data: Batches, own: Tensor, share: float) -> None:
         super().__init__(data.tokens, data.length, data.steps, data.seed, batch=data.batch)
+        own = own.to(data.tokens.device)  # a batch is on one device
         self.own, self.share = Batches(own, data.length, data.steps, data.seed, batch=data.batch), share
 
     def own_rows(self, step: int) -> int:

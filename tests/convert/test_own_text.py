@@ -84,6 +84,11 @@ def test_each_text_is_read_as_if_alone():
         mixed[20]
 
 
+def test_a_row_of_own_text_is_brought_to_the_device_of_the_other():
+    mixed = Mixed(Batches(torch.zeros(100, dtype=torch.long, device="meta"), 10, 4, batch=2), torch.arange(100), 0.5)
+    assert mixed[0].device.type == "meta" and mixed[0].shape == (2, 10)
+
+
 # ---- what they teach ----------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +312,7 @@ def test_misuse_is_one_line(student, tokens, own):
     for match, call in {
         "data: got list; expected token ids": lambda: tune(student, [tokens[None, :16]], own=own),
         "own: got str; expected token ids": lambda: tune(student, tokens, own="text"),
+        "data: got Batches; expected token ids": lambda: tune(student, Batches(tokens, 16, 2), own=own),
         r"own: got \[1, 300\] .*; expected token ids": lambda: tune(student, tokens, own=own[None]),
         r"own: got \[300\] float32 .*; expected token ids": lambda: tune(student, tokens, own=own.float()),
         "own: got 15 tokens; expected at least one sequence, 16 tokens": lambda: tune(student, tokens, own=own[:15]),

@@ -37,13 +37,15 @@ def chat(
     """
     from subquad.bench.chat import Conversation
     from subquad.bench.choice import dtype_of, pick_device
+    from subquad.convert.stretch import check_stretch
+    from subquad.convert.stretch import stretch as stretched
     from subquad.models.load import load_model
 
     place, precision = pick_device(device), dtype_of(dtype)
+    if stretch is not None:
+        check_stretch("--stretch", stretch)
     loaded, tokenizer = load_model(model, precision)
     if stretch is not None:
-        from subquad.convert.stretch import stretch as stretched
-
         stretched(loaded, stretch)
     talk = Conversation(
         loaded.to(place), tokenizer, system=system, temperature=temperature, top_p=top_p, most=most, seed=seed

@@ -44,6 +44,8 @@ def needle(
     from subquad.bench.choice import dtype_of, integers, parse_choice, pick_device
     from subquad.bench.needle import TASKS, retrieval
     from subquad.bench.report import write_whole
+    from subquad.convert.stretch import check_stretch
+    from subquad.convert.stretch import stretch as stretched
     from subquad.files import writing
     from subquad.models.load import load_model
 
@@ -61,14 +63,14 @@ def needle(
     if out is not None and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
         raise InputError("--out", out, "a file in a folder that can be written to")
     counts, place, choice = integers("--lengths", lengths), pick_device(device), None if to is None else parse_choice("--to", to)
+    if stretch is not None:
+        check_stretch("--stretch", stretch)
     loaded, tokenizer = load_model(model, dtype_of(dtype))
     if choice is not None:
         from subquad.convert.swap import swap
 
         swap(loaded, choice.name, **choice.options)
     if stretch is not None:
-        from subquad.convert.stretch import stretch as stretched
-
         stretched(loaded, stretch)
     found = retrieval(
         loaded.to(place), tokenizer, tasks=cast(Any, tuple(dict.fromkeys(task or TASKS))), lengths=counts, depths=where, prompts=prompts,

@@ -11,10 +11,11 @@ the logarithm of the length is for softmax. This library's own; both powers were
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subquad.checks import InputError
@@ -38,20 +39,28 @@ def stretch(model: Any, by: float) -> Any:
         by: a positive number.
 
     Raises:
-        InputError: no such layer, or a number that is not positive and finite; nothing has been changed then.
+        InputError: no such layer, or a number that is not positive and finite or too large for a layer's dtype; nothing has been changed
+            then.
     """
-    if isinstance(by, bool) or not isinstance(by, int | float) or not 0 < by < math.inf:
-        raise InputError("by", repr(by), "a positive number: how many times as long as the texts that were taught")
+    check_stretch("by", by)
     layers = [module.mechanism for module in swapped(model).values()] if not _stretches(model) else [model]
     found = [layer for layer in layers if _stretches(layer)]
     if not found:
         names = ", ".join(sorted({layer.card.name for layer in layers})) or "its own attention"
         raise InputError("model", f"{type(model).__name__} with {names}", "a model with layers that are swapped to lolcats")
-    for layer in found:
-        _stretch(layer, by)
+    for layer, values in [(layer, _stretched(layer, by)) for layer in found]:  # all of them before the first is put in
+        layer.affine_factors = True
+        for name, value in values.items():
+            # in new memory, so that no captured graph goes on with the old option and these weights
+            setattr(layer, name, nn.Parameter(value, requires_grad=getattr(layer, name).requires_grad))
     if layers[0] is not model:
         note_plan(model)  # options changed
     return model
+
+
+def check_stretch(name: str, by: Any) -> None:
+    if isinstance(by, bool) or not isinstance(by, int | float) or not 0 < by <= sys.float_info.max:
+        raise InputError(name, repr(by), "a positive number: how many times as long as the texts that were taught")
 
 
 def _stretches(module: Any) -> bool:
@@ -60,13 +69,17 @@ def _stretches(module: Any) -> bool:
     return isinstance(module, Lolcats)
 
 
-def _stretch(layer: Any, by: float) -> None:
+def _stretched(layer: Any, by: float) -> dict[str, Tensor]:
+    """Parameters of a layer with affine factors, by name, in their dtypes."""
     factor = layer.window_factor.detach().to(torch.float64)
     if not layer.affine_factors:  # g beside 1 is what σ(log g) beside 1 − σ(log g) is
-        factor, layer.affine_factors = F.logsigmoid(factor), True
+        factor = F.logsigmoid(factor)
     values = {"window_factor": factor + HEAVIER * math.log(by)}
     values |= {name: getattr(layer, name).detach().to(torch.float64) * by**SHARPER for name in ("W_q", "W_k")}
+    made = {}
     for name, value in values.items():
         old = getattr(layer, name)
-        # in new memory, so that no captured graph goes on with the old option and these weights
-        setattr(layer, name, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
+        made[name] = value.to(old.dtype)
+        if made[name].isinf().any() and not old.isinf().any():
+            raise InputError("by", by, f"a smaller number: {name} becomes larger than {str(old.dtype).removeprefix('torch.')} goes")
+    return made

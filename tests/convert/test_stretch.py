@@ -93,10 +93,16 @@ def test_bad_input_changes_nothing(decoder):
     with pytest.raises(InputError, match=r"model.*gla.*lolcats"):
         subquad.stretch(subquad.swap(decoder(), "gla"), 8)
     made = module()
-    for by in (0, -1, math.inf, math.nan, "8", True):
+    for by in (0, -1, math.inf, math.nan, "8", True, 10**400):
         with pytest.raises(InputError, match="by"):
             subquad.stretch(made, by)
     assert not made.affine_factors
+    model = subquad.swap(decoder(), "lolcats", **SIZES)
+    swapped(model)[2].mechanism.half()
+    with pytest.raises(InputError, match=r"by: got 1e\+99; expected a smaller number: W_q .* float16"):
+        subquad.stretch(model, 1e99)  # W is 1e9 then, more than float16 has
+    assert not any(one.mechanism.affine_factors for one in swapped(model).values())
+    assert all(one.mechanism.W_q.max() == 1 for one in swapped(model).values())
 
 
 def test_the_command_line_stretches_before_it_asks(decoder, tmp_path, monkeypatch):
@@ -116,5 +122,7 @@ def test_the_command_line_stretches_before_it_asks(decoder, tmp_path, monkeypatc
     layer = swapped(seen[0])[0].mechanism
     ratio = layer.window_factor.exp() / factor.sigmoid()  # σ(x) / (1 − σ(x)) = exp x
     torch.testing.assert_close(ratio, torch.full_like(ratio, 4.0))
-    failed = CliRunner().invoke(app, ["needle", "anything", "--stretch", "0", "--device", "cpu"])
-    assert failed.exit_code != 0 and len(seen) == 1
+    monkeypatch.setattr(subquad.models.load, "load_model", lambda *_: pytest.fail("the number is wrong before anything is loaded"))
+    for command in ("needle", "chat"):
+        failed = CliRunner().invoke(app, [command, "anything", "--stretch", "0", "--device", "cpu"])
+        assert failed.exit_code != 0 and len(seen) == 1 and "--stretch: got 0.0; expected a positive number" in failed.output

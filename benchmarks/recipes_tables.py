@@ -121,6 +121,11 @@ def _in_words(key: str, value: Any) -> str:
     return "other texts to measure on" if key == "held_out" else f"{key} {value}"
 
 
+def _otherwise(run: Mapping[str, Any], main: Mapping[str, Any]) -> str:
+    """The settings of a run that are not the main ones."""
+    return ", ".join(_in_words(key, value) for key, value in settings_of(run).items() if main.get(key) != value)
+
+
 def main_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Those of most trained runs, or of the first if none was trained."""
     found = [settings_of(run) for run in runs if run["plan"]] or [settings_of(run) for run in runs[:1]]
@@ -253,9 +258,7 @@ def _others(runs: Sequence[dict[str, Any]], main: Mapping[str, Any], good: Seque
     """Runs of other settings, those that differ in the seed alone in one row."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
-        found = {key: value for key, value in settings_of(run).items() if main.get(key) != value}
-        differs = ", ".join(_in_words(key, value) for key, value in found.items())
-        groups.setdefault((run["label"], differs), []).append(run)
+        groups.setdefault((run["label"], _otherwise(run, main)), []).append(run)
     return [[label, str(len(some)), differs, *_quality(some, _start(some[0], good))[3:]] for (label, differs), some in groups.items()]
 
 
@@ -344,16 +347,20 @@ def _found(shares: Sequence[float]) -> str:
 
 def long_table(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Perplexity of the book in longer windows than were taught, and where a model can be stretched to them, after that."""
-    groups: dict[tuple[str, str, str], list[dict[str, float]]] = {}
-    for run in good_runs(list(runs)):
+    groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    good = good_runs(list(runs))
+    main = main_settings(good)
+    for run in good:
         if "long" in run:
             taught = f"{run['plan']['tokens'] / 1e6:.3g} M" if run["plan"] else DASH
-            groups.setdefault((run["label"], f"{run['measured']['long']:,}", taught), []).append(run["long"])
+            otherwise = _otherwise(run, {**main, "tokens": (run["plan"] or {}).get("tokens")})  # which have a column
+            key = run["label"], otherwise or DASH, f"{run['measured']['long']:,}", taught
+            groups.setdefault(key, []).append(run["long"])
     rows = []
     for key, some in groups.items():
         cells = [[math.exp(one[name]) for one in some if name in one] for name in ("as taught", "stretched")]
         rows.append([*key, str(len(some)), *(spread(found, "{:.2f}".format) for found in cells)])
-    columns = ["recipe", "window, tokens", "tokens taught", "seeds", "as taught", "stretched"]
+    columns = ["recipe", "settings", "window, tokens", "tokens taught", "seeds", "as taught", "stretched"]
     return {"title": "Perplexity of the book in long windows", "columns": columns, "rows": rows}
 
 

@@ -186,12 +186,14 @@ def test_passkeys_of_several_seeds_are_one_row(parts):
 def test_longer_windows_have_a_table(parts):
     runs = [run("lolcats", seed, start=4.0, finetune=3.0) | {"long": {"as taught": 3.5, "stretched": 3.0 + seed}} for seed in (0, 1)]
     runs.append(run("original", plan=None, start=4.0) | {"long": {"as taught": 2.0}})
+    runs.append(run("lolcats", plan=PLAN | {"tune_lr": 2e-3}, start=4.0, finetune=3.0) | {"long": {"as taught": 1.0, "stretched": 1.5}})
     for one in runs:
         one["measured"] = one["measured"] | {"long": 8192}
     mean, spread = (math.exp(3.0) + math.exp(4.0)) / 2, (math.exp(4.0) - math.exp(3.0)) / math.sqrt(2)
     assert parts._tables.long_table(runs)["rows"] == [
-        ["lolcats", "8,192", "6 M", "2", f"{math.exp(3.5):.2f} ± 0.00", f"{mean:.2f} ± {spread:.2f}"],
-        ["original", "8,192", "–", "1", f"{math.exp(2.0):.2f}", "–"],
+        ["lolcats", "–", "8,192", "6 M", "2", f"{math.exp(3.5):.2f} ± 0.00", f"{mean:.2f} ± {spread:.2f}"],
+        ["original", "–", "8,192", "–", "1", f"{math.exp(2.0):.2f}", "–"],
+        ["lolcats", "tune_lr 0.002", "8,192", "6 M", "1", f"{math.exp(1.0):.2f}", f"{math.exp(1.5):.2f}"],
     ]
     assert parts._tables.main_settings(runs) == parts._tables.main_settings([run("lolcats", start=4.0, finetune=3.0)])
 

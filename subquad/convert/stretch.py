@@ -35,7 +35,7 @@ def stretch(model: Any, by: float) -> Any:
     than before. States that were kept before do not fit afterwards. Other layers, softmax ones too, stay as they are.
 
     Args:
-        model: one that `swap` or `linearize` put `lolcats` into, without adapters; or a `lolcats` module itself.
+        model: one that `swap` or `linearize` put `lolcats` into, not wrapped by peft or `torch.compile`; or a `lolcats` module itself.
         by: a positive number.
 
     Raises:

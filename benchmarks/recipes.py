@@ -432,7 +432,7 @@ def own_text(given: Any, pool: Pool, folder: Path) -> torch.Tensor:
     pool.run(tasks, lambda task, record: failed.append(record) if "error" in record else None)
     if failed:
         raise SystemExit(f"recipes: {failed[0]}")
-    return torch.cat([torch.load(task["file"]) for task in tasks])
+    return torch.cat([torch.load(task["file"]) for task in tasks])[: given.self_tokens]  # parts are rounded up
 
 
 if __name__ == "__main__":

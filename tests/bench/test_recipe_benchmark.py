@@ -278,6 +278,18 @@ def test_a_share_of_its_own_text_is_asked_of_all_that_are_converted(parts, main)
     assert [main.key_of(task) for task in first] == [main.key_of(task) for task in second]
 
 
+def test_its_own_text_has_as_many_tokens_as_are_asked_for(main, tmp_path):
+    """Which are then the last of all that is trained on, although places write equal parts."""
+
+    class Writers:
+        def run(self, tasks, keep):
+            for task in tasks:
+                torch.save(torch.full((task["tokens"],), task["seed"]), task["file"])
+
+    made = main.own_text(Namespace(device="cuda", length=64, self_tokens=1001), Writers(), tmp_path)
+    assert made.shape == (1001,) and made.unique().tolist() == [0, 1, 2, 3]
+
+
 def test_tables_name_the_share_of_its_own_text(parts):
     text = {"text": "book + 1000 of its own (0123456789ab)"}
     shared = PLAN | text | {"own": 1000, "own_share": 0.625}

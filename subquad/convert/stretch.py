@@ -31,8 +31,8 @@ def stretch(model: Any, by: float) -> Any:
 
     >>> subquad.stretch(model, 8).save_pretrained("folder")      # taught on 1,024 tokens, for texts of 8,192
 
-    Twice in a row multiplies: by 2 and by 4 is by 8, and 1 / 8 undoes that, up to rounding. At the length taught the model is then worse
-    than before. States that were kept before do not fit afterwards. Other layers, softmax ones too, stay as they are.
+    Twice in a row multiplies: by 2 and by 4 is by 8, and 1 / 8 undoes that, up to rounding. It is not meant for the length taught.
+    States that were kept before do not fit afterwards. Other layers, softmax ones too, stay as they are.
 
     Args:
         model: one that `swap` or `linearize` put `lolcats` into, not wrapped by peft or `torch.compile`; or a `lolcats` module itself.

@@ -130,6 +130,7 @@ def frontier(report: Report, number: dict[str, int]) -> str:
         ("Perplexity against bytes kept", "ppl", perplexity, "bytes_64k", size),
         ("Recall against bytes kept", "recall", share, "bytes_64k", size),
         ("Perplexity against decode time", "ppl", perplexity, "decode_ms", time),
+        ("Recall against decode time", "recall", share, "decode_ms", time),
     ):
         points = [(row, getattr(row, against), getattr(row, of)) for row in best.values()]
         series = [Series(row.name, [(a, b)], number[row.mechanism]) for row, a, b in points if a and b is not None]

@@ -94,7 +94,8 @@ class _Divergence(torch.autograd.Function):
             one.copy_(some.logsumexp(-1))
             two.copy_(other.logsumexp(-1))
             apart = other - two[:, None]
-            into.copy_((apart.exp() * (apart - (some - one[:, None]))).sum(-1))
+            share, apart = apart.exp(), apart - (some - one[:, None])
+            into.copy_((share * apart.masked_fill(share == 0, 0.0)).sum(-1))  # a logit of -inf says that a token never comes
         ctx.save_for_backward(logits, target, sums, there)
         return away.where(there, 0.0).sum()
 

@@ -218,6 +218,25 @@ def test_its_gradient_is_that_of_its_values():
     assert torch.autograd.gradcheck(lambda x: divergence(x, labels, target), logits)
 
 
+def test_tokens_that_a_teacher_forbids_count_nothing():
+    logits, target = torch.randn(1, 4, 6, dtype=torch.float64), torch.randn(1, 4, 6, dtype=torch.float64)
+    target[..., 2], labels = -math.inf, torch.tensor([[3, 5, 1]])
+    logits.requires_grad_()
+    p, q = target[:, :-1].softmax(-1), logits[:, :-1].softmax(-1)
+    some = [0, 1, 3, 4, 5]
+    expected = (p[..., some] * (p[..., some] / q[..., some]).log()).sum()
+    found = divergence(logits, labels, target)
+    (first,), (second,) = (torch.autograd.grad(one, logits) for one in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
+    both = logits.detach().clone()
+    both[..., 2] = -math.inf  # the student too
+    left = divergence(both, labels, target)
+    torch.testing.assert_close(
+        left, divergence(logits.detach()[..., some], torch.zeros_like(labels), target[..., some]), rtol=1e-12, atol=1e-12
+    )
+
+
 def test_what_is_no_number_where_nothing_is_predicted_does_not_count():
     logits, target = torch.randn(1, 4, 6), torch.randn(1, 4, 6)
     labels = torch.tensor([[-100, 2, 1]])

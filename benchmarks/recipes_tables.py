@@ -27,7 +27,7 @@ def stages_of(recipe: str, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     """
     from subquad.convert.recipe import recipe as find
 
-    chosen = find("lolcats" if recipe == ORIGINAL else recipe)
+    chosen = find("lolcats").sharing(None) if recipe == ORIGINAL else find(recipe).sharing(plan.get("own_share"))
     steps = plan["tokens"] // (plan["batch"] * plan["length"])
     if plan["share"] is not None and len(chosen.stages) == 2:
         first = round(plan["share"] * steps)
@@ -36,25 +36,15 @@ def stages_of(recipe: str, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]
         chosen = chosen.scaled(steps)
     shapes: dict[str, dict[str, Any]] = {
         "transfer": {"batch": plan["batch"], "lr": plan["transfer_lr"]},
-        "finetune": {
-            "batch": plan["micro"],
-            "accumulate": plan["batch"] // plan["micro"],
-            "lr": plan["tune_lr"],
-            "loss": plan["loss"],
-            "own_share": plan.get("own_share"),
-        },
+        "finetune": {"batch": plan["micro"], "accumulate": plan["batch"] // plan["micro"], "lr": plan["tune_lr"], "loss": plan["loss"]},
     }
     made = {
-        name: {**_shareless(stage), "length": plan["length"], **{key: value for key, value in shapes[name].items() if value is not None}}
+        name: {**stage, "length": plan["length"], **{key: value for key, value in shapes[name].items() if value is not None}}
         for name, stage in chosen.stages.items()
     }
     if recipe == ORIGINAL:
-        made = {"finetune": {**_shareless(made["finetune"]), "loss": "next-token"}} if "finetune" in made else {}
+        made = {"finetune": {**made["finetune"], "loss": "next-token"}} if "finetune" in made else {}
     return made
-
-
-def _shareless(stage: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in stage.items() if key != "own_share"}
 
 
 def tokens_read(stages: Mapping[str, Mapping[str, Any]]) -> int:

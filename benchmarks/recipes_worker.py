@@ -147,12 +147,11 @@ def nats(model: Any, data: dict[str, Tensor], measured: dict[str, Any]) -> dict[
 def in_long(model: Any, data: dict[str, Tensor], measured: dict[str, Any]) -> dict[str, float]:
     """Nats a token of the book in longer windows, and where layers can be stretched to them, after that too."""
     from subquad.bench.quality import perplexity
-    from subquad.bench.speed import outermost
-    from subquad.convert.stretch import stretch
+    from subquad.convert.stretch import stretch, stretching
 
     window, text = measured["long"], data["book"]
     found = {"as taught": perplexity(model, text, window=window).nll}
-    if any(module.card.name == "lolcats" for module in outermost(model)):
+    if stretching(model):
         longer = stretch(copy.deepcopy(model), window / measured["length"])
         found["stretched"] = perplexity(longer, text, window=window).nll
     return found
@@ -303,7 +302,7 @@ def passkey(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """A recipe on text with questions in it, asked for codes, and for passkeys in longer and longer text."""
     from subquad.bench.needle import retrieval
     from subquad.convert.lora import merge_lora
-    from subquad.convert.stretch import stretch
+    from subquad.convert.stretch import stretch, stretching
 
     data, model = bench.tokens(task["data"])["train"], placed(bench.fresh(), task)
     record: dict[str, Any] = {"stages": {}, "cells": []}
@@ -325,7 +324,7 @@ def passkey(bench: Bench, task: dict[str, Any], tell: Tell) -> dict[str, Any]:
         record["cells"] += [asdict(cell) for cell in asked(model, lengths=(length,)).cells]
         tell(record)
     taught_at = max((stage["length"] for stage in task["stages"].values()), default=0)
-    if task["mechanism"] == "lolcats" and taught_at:
+    if taught_at and stretching(model):
         record["stretched"] = []
         for length in (n for n in task["lengths"] if n > taught_at):
             longer = stretch(copy.deepcopy(model), length / taught_at)

@@ -67,25 +67,18 @@ def subjects(job: Job) -> list[Subject]:
     rate = {} if job.lr is None else {"lr": job.lr}
     group = {} if job.group is None else {"group": job.group}
     transfer = {"steps": job.steps, **size, **rate, **group} if job.steps else None
-    finetune = _shared({"steps": job.finetune, **size} if job.finetune else None, job.own_share)
+    share = {} if job.own_share is None else {"own_share": job.own_share}
+    finetune = {"steps": job.finetune, **size, **share} if job.finetune else None
     found = [Subject(choice, transfer, finetune) for choice in job.to]
-    for one in _equal(job, [recipe(name).changed({"transfer": {**rate, **group}}) for name in job.recipes]):
-        choice, tuned = Choice(one.mechanism, dict(one.options)), _shared(one.finetune, job.own_share)
-        found.append(Subject(choice, one.transfer, tuned, one.name, one.paper))
+    given = [recipe(name).sharing(job.own_share).changed({"transfer": {**rate, **group}}) for name in job.recipes]
+    for one in _equal(job, given):
+        found.append(Subject(Choice(one.mechanism, dict(one.options)), one.transfer, one.finetune, one.name, one.paper))
     if not found:
         raise InputError("--to", "nothing", "at least one mechanism, or a --recipe")
     names = [one.recipe for one in found if one.recipe]
     if len(set(names)) < len(names):
         raise InputError("--recipe", ", ".join(names), "each recipe once")
     return found
-
-
-def _shared(finetune: Mapping[str, Any] | None, own_share: float | None) -> Mapping[str, Any] | None:
-    """With the job's share of the model's own text, and no other."""
-    if finetune is None:
-        return None
-    left = {key: value for key, value in finetune.items() if key != "own_share"}
-    return left if own_share is None else {**left, "own_share": own_share}
 
 
 def _equal(job: Job, given: list[Recipe]) -> list[Recipe]:

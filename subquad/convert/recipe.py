@@ -123,6 +123,13 @@ class Recipe:
         first = min(max(1, round(steps * self.transfer["steps"] / whole)), steps - 1)
         return self.changed({"transfer": {"steps": first}, "finetune": {"steps": steps - first}})
 
+    def sharing(self, own_share: float | None) -> Recipe:
+        """With this share of the model's own text in fine-tuning, and no other; None: where there is no such text."""
+        if self.finetune is None:
+            return self
+        left = {key: value for key, value in self.finetune.items() if key != "own_share"}
+        return replace(self, finetune=left if own_share is None else {**left, "own_share": own_share})
+
     def changed(self, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
         """With other values in its stages; those of 0 steps, and those it does not have, are left out."""
         made = {name: {**stage, **changes.get(name, {})} for name, stage in self.stages.items()}

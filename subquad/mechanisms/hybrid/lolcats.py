@@ -16,11 +16,13 @@ apart for q and k. Zhang et al.: LoLCATs (arXiv 2410.10254); windows and factors
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from subquad.checks import InputError, check_tensor, compute_dtype
 from subquad.contract import Attention, Call, Card, Shape, register
@@ -38,6 +40,8 @@ from subquad.state import State
 
 Past = tuple[Tensor, Tensor, Tensor]  # sums of values [B, N, H, V] and of weights [B, N, H, 1], and both as a state
 START = -2.1972245773362196  # of the window factor: its sigmoid is 0.1
+SHARPER = 0.09  # the power of s that `stretched` multiplies maps with: 1.2 at eight times the length
+HEAVIER = 2 / 3  # that of the window's weight beside the past's: 4 there
 
 
 def _held(window: int, window_form: str, sinks: int) -> int:
@@ -183,6 +187,18 @@ class Lolcats(Attention):
     def combine(self, near: Near, far: Tensor, mass: Tensor, dtype: torch.dtype) -> Tensor:
         """One normaliser over the window's (o, lse, max) and the past's sums ``[B, M, H, V]`` and weights ``[B, M, H, 1]``."""
         return merge_sums(near, far, mass, self.window_factor, affine=self.affine_factors, dtype=dtype)
+
+    def stretched(self, by: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Options and parameters, in float64, for contexts s = `by` times as long as those taught: W ← s^0.09 W, g ← s^(2/3) g beside f.
+
+        The past weighs as much as all of its keys together, so that s times as many outweigh the window and the one key that was meant;
+        sharper features keep that key above the others, a heavier window keeps its share of the normaliser. This library's own.
+        """
+        factor = self.window_factor.detach().to(torch.float64)
+        if not self.affine_factors:  # g beside 1 is what σ(log g) beside 1 − σ(log g) is
+            factor = F.logsigmoid(factor)
+        maps = {name: getattr(self, name).detach().to(torch.float64) * by**SHARPER for name in ("W_q", "W_k")}
+        return {"affine_factors": True}, {"window_factor": factor + HEAVIER * math.log(by), **maps}
 
 
 def forward(module: Lolcats, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:

@@ -13,15 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from convert.toy_mechanisms import tiny_llama
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import subquad
 from subquad import InputError
 from subquad.convert.checkpoint import Checkpoints
 from subquad.convert.finetune import finetune, share
 from subquad.convert.lora import adapters, merge_lora
-from subquad.convert.loss import ROWS, labels_of, next_token_loss
-from subquad.convert.loss import divergence as away_from
 from subquad.convert.swap import restore, swap, swapped
 
 pytestmark = pytest.mark.usefixtures("learners")
@@ -78,28 +75,6 @@ def test_kl_at_its_defaults_goes_down(model, tokens):
     student = swap(copy.deepcopy(model), "toy-temperature")
     losses = finetune(student, [tokens[:128].reshape(4, 32)], steps=40, loss="kl", progress=False).losses
     assert max(losses) < 1.01 * losses[0] and losses[-1] < losses[20] < 0.99 * losses[0]
-
-
-def test_labels_and_padding():
-    ids = torch.tensor([[5, 6, 7, 8]])
-    mask = torch.tensor([[0, 1, 1, 1]])
-    assert labels_of({"input_ids": ids}).tolist() == [[6, 7, 8]]
-    assert labels_of({"input_ids": ids, "attention_mask": mask}).tolist() == [[-100, 7, 8]]
-    assert labels_of({"input_ids": ids, "labels": torch.tensor([[-100, -100, 9, 8]])}).tolist() == [[-100, 9, 8]]
-    scores = torch.randn(1, 4, 4)
-    labels = torch.tensor([[-100, 2, 1]])
-    assert float(next_token_loss(scores, labels)) == pytest.approx(-float(scores[0, 1].log_softmax(0)[2] + scores[0, 2].log_softmax(0)[1]))
-
-
-def test_a_teacher_without_numbers_at_padding_teaches_the_rest():
-    scores, target = torch.randn(1, 4, 4, requires_grad=True), torch.randn(1, 4, 4)
-    target[0, 0] = torch.nan
-    loss = away_from(scores, torch.tensor([[-100, 2, 1]]), target)
-    loss.backward()
-    p = target[0, 1:3].softmax(-1)
-    assert loss.item() == pytest.approx(float((p * (p.log() - scores[0, 1:3].detach().log_softmax(-1))).sum()), rel=1e-5)
-    none = torch.zeros(1, 4)
-    torch.testing.assert_close(scores.grad[0], torch.cat([none, scores[0, 1:3].detach().softmax(-1) - p, none]))
 
 
 def test_padding_does_not_count(model, tokens):
@@ -377,34 +352,3 @@ def test_adapters_compute_in_16_bits_and_learn_in_32(model, tokens):
     assert (learnt - seen[-1][1]).abs().max() < 2e-5 and learnt.abs().max() > 5e-6
     merged = merge_lora(half)
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_the_loss_by_parts_is_cross_entropy(dtype, tolerance):
-    logits = (4 * torch.randn(3, ROWS // 2 + 7, 50)).to(dtype).requires_grad_()  # two parts, the second not whole
-    labels = torch.randint(50, (3, logits.shape[1] - 1))
-    labels[0, :5] = -100
-    plain = logits.detach().double().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(plain[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    found = next_token_loss(logits, labels)
-    (0.3 * found).backward(), (0.3 * expected).backward()
-    assert float(found) == pytest.approx(float(expected), rel=min(tolerance, 1e-4))
-    assert logits.grad.dtype == dtype and (logits.grad - plain.grad).abs().max() <= tolerance * plain.grad.abs().max()
-    assert not logits.grad[0, :5].any() and not logits.grad[:, -1].any()
-    assert float(next_token_loss(logits, torch.full_like(labels, -100))) == 0
-
-
-def test_the_loss_by_parts_makes_no_float32_copy():
-    class Sizes(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
-                self.largest = max(self.largest, out.numel())
-            return out
-
-    logits = torch.randn(4, ROWS, 64).bfloat16().requires_grad_()
-    with Sizes() as sizes:
-        next_token_loss(logits, torch.randint(64, (4, ROWS - 1))).backward()
-    assert 0 < sizes.largest <= ROWS * 64

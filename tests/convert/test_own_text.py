@@ -3,11 +3,11 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from convert.toy_mechanisms import tiny_llama
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import subquad
 from subquad import InputError
@@ -16,8 +16,7 @@ from subquad.convert.feed import Feed, Mixed
 from subquad.convert.finetune import finetune
 from subquad.convert.graphs import Graphed
 from subquad.convert.lora import adapters, merge_lora
-from subquad.convert.loss import ROWS, divergence
-from subquad.convert.recipe import linearize, parse
+from subquad.convert.recipe import linearize, recipe
 from subquad.convert.run import Run, seeded
 from subquad.convert.swap import swap, swapped
 from subquad.models.text import Batches
@@ -192,84 +191,6 @@ def test_captured_steps_teach_the_same(student, tokens, own, monkeypatch, batch,
     torch.testing.assert_close(*taught, rtol=1e-4, atol=0)
 
 
-# ---- the divergence by parts ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_the_divergence_by_parts_is_its_formula(dtype, tolerance):
-    shape = (3, ROWS // 2 + 7, 50)  # two parts, the second not whole
-    logits, target = (4 * torch.randn(shape)).to(dtype).requires_grad_(), (4 * torch.randn(shape)).to(dtype).requires_grad_()
-    labels = torch.randint(50, (3, shape[1] - 1))
-    labels[0, :5] = -100
-    plain, seen = logits.detach().double().requires_grad_(), labels != -100
-    p, q = target.detach().double()[:, :-1].softmax(-1), plain[:, :-1].softmax(-1)
-    expected = (p * (p / q).log()).sum(-1)[seen].sum()
-    found = divergence(logits, labels, target)
-    (0.3 * found).backward(), (0.3 * expected).backward()
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=min(tolerance, 1e-4))
-    assert logits.grad.dtype == dtype and (logits.grad - plain.grad).abs().max() <= tolerance * plain.grad.abs().max()
-    assert not logits.grad[0, :5].any() and not logits.grad[:, -1].any() and target.grad is None
-
-
-def test_its_gradient_is_that_of_its_values():
-    logits, target = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 5, dtype=torch.float64)
-    labels = torch.tensor([[-100, 2, 1], [0, -100, 3]])
-    assert torch.autograd.gradcheck(lambda x: divergence(x, labels, target), logits)
-
-
-def test_tokens_that_a_teacher_forbids_count_nothing():
-    logits, target = torch.randn(1, 4, 6, dtype=torch.float64), torch.randn(1, 4, 6, dtype=torch.float64)
-    target[..., 2], labels = -math.inf, torch.tensor([[3, 5, 1]])
-    logits.requires_grad_()
-    p, q = target[:, :-1].softmax(-1), logits[:, :-1].softmax(-1)
-    some = [0, 1, 3, 4, 5]
-    expected = (p[..., some] * (p[..., some] / q[..., some]).log()).sum()
-    found = divergence(logits, labels, target)
-    (first,), (second,) = (torch.autograd.grad(one, logits) for one in (found, expected))
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
-    both = logits.detach().clone()
-    both[..., 2] = -math.inf  # the student too
-    left = divergence(both, labels, target)
-    torch.testing.assert_close(
-        left, divergence(logits.detach()[..., some], torch.zeros_like(labels), target[..., some]), rtol=1e-12, atol=1e-12
-    )
-
-
-def test_what_is_no_number_where_nothing_is_predicted_does_not_count():
-    logits, target = torch.randn(1, 4, 6), torch.randn(1, 4, 6)
-    labels = torch.tensor([[-100, 2, 1]])
-    clean = logits.clone().requires_grad_()
-    expected = divergence(clean, labels, target)
-    expected.backward()
-    for bad in (math.nan, math.inf, -math.inf):
-        dirty, other = logits.clone(), target.clone()
-        dirty[0, [0, 3]], other[0, [0, 3]] = bad, bad
-        dirty.requires_grad_()
-        loss = divergence(dirty, labels, other)
-        loss.backward()
-        assert torch.equal(loss, expected) and torch.equal(dirty.grad, clean.grad)
-    nothing = divergence(dirty, torch.full_like(labels, -100), other)
-    assert nothing.item() == 0
-
-
-def test_it_makes_no_float32_copy():
-    class Sizes(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
-                self.largest = max(self.largest, out.numel())
-            return out
-
-    logits, target = torch.randn(4, ROWS, 64).bfloat16().requires_grad_(), torch.randn(4, ROWS, 64).bfloat16()
-    with Sizes() as sizes:
-        divergence(logits, torch.randint(64, (4, ROWS - 1)), target).backward()
-    assert 0 < sizes.largest <= ROWS * 64
-
-
 def test_sixteen_bits_learn_from_both(student, tokens, own):
     for precision in ("float32", "bfloat16"):
         one = copy.deepcopy(student) if precision == "bfloat16" else copy.deepcopy(student).bfloat16()
@@ -352,46 +273,27 @@ def test_misuse_is_one_line(student, tokens, own):
 
 # ---- recipes --------------------------------------------------------------------------------------------------------------
 
-TEXT = """
-title = "Mine"
-paper = "none"
-summary = "A test."
-cost = "little"
-needs = ["a causal decoder"]
-[mechanism]
-name = "lolcats"
-window = 4
-[transfer]
-steps = 3
-lr = 1e-2
-length = 16
-[finetune]
-steps = 2
-lr = 1e-2
-batch = 2
-length = 16
-own_share = 0.75
-"""
+TUNED = {"steps": 2, "lr": 1e-2, "batch": 2, "length": 16, "own_share": 0.75}
+MINE = replace(recipe("lolcats"), options={"window": 4}, transfer={"steps": 3, "lr": 1e-2, "length": 16}, finetune=TUNED)
 
 
 def test_linearize_hands_it_to_fine_tuning_alone(model, tokens, own):
-    mine, whole, apart = parse("mine", TEXT, "mine.toml"), copy.deepcopy(model), model
-    result = linearize(whole, mine, tokens, own=own, seed=7, progress=False)
+    whole, apart = copy.deepcopy(model), model
+    result = linearize(whole, MINE, tokens, own=own, seed=7, progress=False)
     with seeded(7, -2):
         swap(apart, "lolcats", window=4)
     first = subquad.distill(apart, apart, tokens, steps=3, lr=1e-2, length=16, seed=7, progress=False)
-    second = finetune(apart, tokens, steps=2, lr=1e-2, batch=2, length=16, own=own, own_share=0.75, seed=7, progress=False)
+    second = finetune(apart, tokens, **TUNED, own=own, seed=7, progress=False)
     assert result.transfer.losses == first.losses and result.finetune.losses == second.losses
     assert same(whole, merge_lora(apart))
 
 
 def test_recipes_refuse_it_before_the_first_stage(model, tokens, own, tmp_path):
-    mine = parse("mine", TEXT, "mine.toml")
     for match, call in {
         "own: got given; expected a recipe and steps with fine-tuning": {"steps": {"finetune": 0}},
         "own: got 9 tokens": {"own": own[:9]},
         "data: got list; expected token ids": {"data": [tokens[None, :16]]},
     }.items():
         with pytest.raises(InputError, match=match):
-            linearize(model, mine, **{"data": tokens, "own": own, **call}, out=tmp_path / "run", progress=False)
+            linearize(model, MINE, **{"data": tokens, "own": own, **call}, out=tmp_path / "run", progress=False)
     assert not swapped(model) and not (tmp_path / "run").exists()
